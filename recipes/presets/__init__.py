@@ -1,0 +1,1 @@
+"""Commented recipes that ship with the package; `shoestring new` copies them."""

@@ -1,0 +1,65 @@
+"""The allowed values of a key in a person's words, from the JSON schema; for errors and docs/recipe.md."""
+
+from typing import Any
+
+
+def describe(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """One phrase such as `auto, or a whole number of at least 1`."""
+    kinds = _kinds(schema, definitions)
+    return kinds[0] if len(kinds) == 1 else ", ".join(kinds[:-1]) + " or " + kinds[-1]
+
+
+def _kinds(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        keys = definitions[name]["properties"]
+        return [f"a mapping with {', '.join(keys)}"]
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            found: list[str] = []
+            for kind in schema[union]:
+                found += [text for text in _kinds(kind, definitions) if text not in found]
+            return found
+    if "const" in schema:
+        return [_word(schema["const"])]
+    if "enum" in schema:
+        return [_word(value) for value in schema["enum"]]
+    if "title" in schema and (
+        "pattern" in schema
+        or schema.get("type") == "string"
+        or ("type" in schema and isinstance(schema["type"], list))
+    ):
+        return [schema["title"]]
+    return [_plain(schema, definitions)]
+
+
+def _plain(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    kind = schema.get("type")
+    if kind == "array":
+        if "prefixItems" in schema:
+            items = schema["prefixItems"]
+            return f"a list of {len(items)}, each {describe(items[0], definitions)}"
+        return f"a list of {describe(schema.get('items', {}), definitions)}"
+    if kind == "object":
+        return f"a mapping from text to {describe(schema.get('additionalProperties', {}), definitions)}"
+    if kind in ("integer", "number"):
+        name = "a whole number" if kind == "integer" else "a number"
+        return name + _range(schema)
+    return {"boolean": "true or false", "string": "text", "null": "null"}.get(str(kind), "any value")
+
+
+def _range(schema: dict[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    lower = f" of at least {low}" if low is not None else f" above {above}" if above is not None else ""
+    upper = ""
+    # Bounds of the machine's integers are no help to a person.
+    if high is not None:
+        upper = f" and at most {high}" if lower else f" of at most {high}"
+    elif below is not None and below < 2**63:
+        upper = f" and below {below}" if lower else f" below {below}"
+    return lower + upper
+
+
+def _word(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,191 @@
+"""Checks between keys: each problem names the keys that disagree and what to type instead."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .schema import Recipe
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sentence about `key`; `others` are further keys whose place in the file is worth showing."""
+
+    key: str
+    text: str
+    others: tuple[str, ...] = ()
+
+
+def problems(recipe: "Recipe") -> list[Problem]:
+    """All disagreements between keys of a recipe whose values are valid one by one."""
+    return [*_budget(recipe), *_batch(recipe), *_adapter(recipe), *_data(recipe), *_export(recipe)]
+
+
+def _budget(recipe: "Recipe") -> list[Problem]:
+    budget = recipe.budget
+    found = []
+    limits = (budget.time, budget.cost, budget.energy, budget.tokens, budget.steps, budget.epochs)
+    if all(limit is None for limit in limits):
+        found.append(
+            Problem(
+                "budget",
+                "budget has no limit; give at least one of time, cost, energy, tokens, steps, epochs.   "
+                "For example budget.time=2h",
+            )
+        )
+    if budget.cost is not None and budget.price is None:
+        found.append(
+            Problem(
+                "budget.cost",
+                f"budget.cost={budget.cost.text} needs budget.price, what the machine costs an hour.   "
+                f'For example budget.price="2.49 {budget.cost.currency}/h"',
+            )
+        )
+    elif (
+        budget.cost is not None and budget.price is not None and budget.cost.currency != budget.price.currency
+    ):
+        found.append(
+            Problem(
+                "budget.cost",
+                f"budget.cost={budget.cost.text} and budget.price={budget.price.text} are in different "
+                "currencies.   Give both in one",
+                ("budget.price",),
+            )
+        )
+    return found
+
+
+def _batch(recipe: "Recipe") -> list[Problem]:
+    train = recipe.train
+    found = []
+    if train.batch_tokens is not None and train.per_device_train_batch_size is not None:
+        found.append(
+            Problem(
+                "train.batch_tokens",
+                f"train.batch_tokens={train.batch_tokens} and "
+                f"train.per_device_train_batch_size={train.per_device_train_batch_size} exclude each "
+                "other.   Keep one; the other is train.batch_tokens=auto or "
+                "train.per_device_train_batch_size=auto",
+                ("train.per_device_train_batch_size",),
+            )
+        )
+    if recipe.schedule.warmup_steps >= 1 and recipe.schedule.warmup_steps != int(
+        recipe.schedule.warmup_steps
+    ):
+        found.append(
+            Problem(
+                "schedule.warmup_steps",
+                f"schedule.warmup_steps is {recipe.schedule.warmup_steps}; allowed: a share of the budget "
+                "below 1, or a whole number of steps",
+            )
+        )
+    return found
+
+
+def _adapter(recipe: "Recipe") -> list[Problem]:
+    adapter, model = recipe.adapter, recipe.model
+    if adapter is None:
+        if not model.load_in_4bit:
+            return []
+        return [
+            Problem(
+                "model.load_in_4bit",
+                "model.load_in_4bit=true needs an adapter: 4-bit weights cannot be trained.   "
+                "Set adapter=lora, or model.load_in_4bit=false",
+                ("adapter",),
+            )
+        ]
+    found = []
+    start = adapter.init_lora_weights
+    if model.load_in_4bit and isinstance(start, str):
+        if start.startswith("pissa") or start == "orthogonal":
+            found.append(
+                Problem(
+                    "adapter.init_lora_weights",
+                    f"adapter.init_lora_weights={start} needs weights that are not quantised, and "
+                    "model.load_in_4bit=true.   Set model.load_in_4bit=false, or "
+                    "adapter.init_lora_weights=olora",
+                    ("model.load_in_4bit",),
+                )
+            )
+        elif start == "loftq":
+            found.append(
+                Problem(
+                    "adapter.init_lora_weights",
+                    "adapter.init_lora_weights=loftq quantises the weights itself and cannot start from "
+                    "model.load_in_4bit=true.   Set model.load_in_4bit=false, or "
+                    "adapter.init_lora_weights=true",
+                    ("model.load_in_4bit",),
+                )
+            )
+    if start == "orthogonal":
+        ranks = {
+            "adapter.r": adapter.r,
+            **{f"adapter.rank_pattern {k}": v for k, v in adapter.rank_pattern.items()},
+        }
+        found += [
+            Problem(
+                key.split(" ")[0],
+                f"{key}={rank} is odd, and adapter.init_lora_weights=orthogonal needs an even rank.   "
+                f"Take {rank + 1}",
+                ("adapter.init_lora_weights",),
+            )
+            for key, rank in ranks.items()
+            if rank % 2
+        ]
+    targets = adapter.target_modules
+    if adapter.layers_to_transform is not None and isinstance(targets, str) and targets != "all-linear":
+        found.append(
+            Problem(
+                "adapter.layers_to_transform",
+                "adapter.layers_to_transform needs adapter.target_modules as all-linear or a list of "
+                "names, not as a regular expression.   Put the layers into the expression instead",
+                ("adapter.target_modules",),
+            )
+        )
+    return found
+
+
+def _data(recipe: "Recipe") -> list[Problem]:
+    data = recipe.data
+    held_out = data.eval if isinstance(data.eval, list) else []
+    columns = {
+        "data.columns": data.columns,
+        **{f"data.train.{n}.columns": source.columns for n, source in enumerate(data.train)},
+        **{f"data.eval.{n}.columns": source.columns for n, source in enumerate(held_out)},
+    }
+    found = []
+    for key, names in columns.items():
+        if names is None:
+            continue
+        given = [
+            name for name in ("prompt", "completion", "system", "text", "messages") if getattr(names, name)
+        ]
+        kinds = (
+            {"prompt", "completion"} <= set(given) and not {"text", "messages"} & set(given),
+            given == ["text"],
+            "messages" in given and not {"prompt", "completion", "text"} & set(given),
+        )
+        if not any(kinds):
+            found.append(
+                Problem(
+                    key,
+                    f"{key} names {', '.join(given) or 'nothing'}; allowed: prompt and completion, or "
+                    "messages, or text (system may join the first two).   For example "
+                    "{prompt: question, completion: answer}",
+                )
+            )
+    return found
+
+
+def _export(recipe: "Recipe") -> list[Problem]:
+    if recipe.adapter is None and recipe.export.final == "adapter":
+        return [
+            Problem(
+                "export.final",
+                "export.final=adapter needs an adapter, and adapter=null trains every weight.   "
+                "Set export.final=merged, or adapter=lora",
+                ("adapter",),
+            )
+        ]
+    return []

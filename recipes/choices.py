@@ -1,0 +1,223 @@
+"""The sections that are a choice by `name`: objective, adapter, optimizer, schedule.
+
+Each union is discriminated on `name`; the package that owns the classes builds them with one `match`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .section import Auto, Section
+
+
+class ObjectiveConfig(Section):
+    """What the loss is."""
+
+    name: str = Field(
+        default="sft",
+        pattern=r"^(sft|[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*)$",
+        title="sft, or your own as module:attribute",
+        description="`sft` (cross-entropy on the trained tokens), or an objective of your own as "
+        "`module:attribute`.",
+    )
+
+
+def _default_alpha(values: dict[str, Any]) -> int:
+    """Scale 2 at the default rank 16, for both rules of scaling: alpha / r, and alpha / sqrt(r)."""
+    return 8 if values.get("use_rslora") else 32
+
+
+class LoraAdapter(Section):
+    """Low-rank adapters (arXiv:2106.09685) through PEFT; every option has PEFT's name."""
+
+    name: Literal["lora"] = Field(default="lora", description="Low-rank adapters.")
+    r: int = Field(default=16, ge=1, le=4096, description="Rank.")
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale by lora_alpha / sqrt(r) in place of lora_alpha / r (arXiv:2312.03732).",
+    )
+    lora_alpha: int = Field(
+        default_factory=_default_alpha,
+        ge=1,
+        description="Scale of the update, divided by r (or sqrt(r)). The default is 32 whatever the rank "
+        "(8 with use_rslora): with a constant alpha the best rate hardly moves when r changes.",
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: str | Annotated[list[str], Field(min_length=1)] = Field(
+        default="all-linear",
+        description="`all-linear` (every linear layer but the output head), a list of module names, or "
+        "one regular expression for whole names.",
+    )
+    exclude_modules: str | list[str] | None = Field(
+        default=None, description="Modules to leave out: a list of names or one regular expression."
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None,
+        description="Modules trained whole beside the adapter, such as `[embed_tokens, lm_head]`.",
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None, description="Numbers of the layers that get an adapter; null is all."
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Ranks for some modules: name or regular expression -> r."
+    )
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Alphas for some modules: name or regular expression -> lora_alpha."
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained.")
+    use_dora: bool = Field(
+        default=False, description="Train the norm of each weight column apart (DoRA, arXiv:2402.09353)."
+    )
+    init_lora_weights: (
+        Literal[True, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$", title="pissa_niter_N")]
+    ) = Field(
+        default=True,
+        description="Start of the adapter. true: no change at the start; `olora` (arXiv:2406.01775) and "
+        "`pissa` (arXiv:2404.02948; `pissa_niter_16` is quicker) start from the weights; `loftq` "
+        "(arXiv:2310.08659) from the error of quantisation; `eva` (arXiv:2410.07170) from the data.",
+    )
+    loftq_bits: Literal[4, 8] = Field(
+        default=4, description="Bits that `init_lora_weights: loftq` prepares for."
+    )
+    loftq_iter: int = Field(
+        default=1, ge=1, le=100, description="Alternations of `init_lora_weights: loftq`."
+    )
+    eva_rho: float = Field(
+        default=2.0,
+        ge=1,
+        description="`init_lora_weights: eva` may give a module up to eva_rho * r; 1 keeps all ranks at r.",
+    )
+    loraplus_lr_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        description="Rate of B over the rate of A (LoRA+, arXiv:2402.12354); null is the same rate.",
+    )
+
+
+class _Optimizer(Section):
+    """What all optimizers share."""
+
+    learning_rate: Auto[float] = Field(
+        default=None,
+        gt=0,
+        description="Peak rate; auto follows from the optimizer, what is trained and the budget.",
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Decoupled weight decay; not on biases and norms."
+    )
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Clip the norm of the gradient; null does not clip."
+    )
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+_Betas = Annotated[tuple[_Beta, _Beta], Field(strict=False)]
+_BETAS = "Decay of the running means of the gradient and of its square."
+_EPS = "Added to the root of the second moment."
+
+
+class AdamW(_Optimizer):
+    """AdamW of PyTorch (arXiv:1711.05101), fused."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="AdamW of PyTorch, fused.")
+    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
+    eps: float = Field(default=1e-8, gt=0, description=_EPS)
+
+
+class AdamW8bit(_Optimizer):
+    """AdamW with 8-bit states through bitsandbytes (arXiv:2110.02861)."""
+
+    name: Literal["adamw_8bit"] = Field(
+        default="adamw_8bit", description="AdamW with 8-bit states, through bitsandbytes."
+    )
+    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
+    eps: float = Field(default=1e-8, gt=0, description=_EPS)
+
+
+class PagedAdamW8bit(_Optimizer):
+    """AdamW with 8-bit states in memory that moves to the host under pressure, through bitsandbytes."""
+
+    name: Literal["paged_adamw_8bit"] = Field(
+        default="paged_adamw_8bit",
+        description="As adamw_8bit, with states that move to host memory under pressure.",
+    )
+    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
+    eps: float = Field(default=1e-8, gt=0, description=_EPS)
+
+
+class Lion8bit(_Optimizer):
+    """Lion (arXiv:2302.06675) with an 8-bit state through bitsandbytes."""
+
+    name: Literal["lion_8bit"] = Field(
+        default="lion_8bit", description="Lion with an 8-bit state, through bitsandbytes."
+    )
+    betas: _Betas = Field(default=(0.9, 0.99), description="Decay of the step's mix and of the momentum.")
+
+
+class _Schedule(Section):
+    """What all schedules share."""
+
+    warmup_steps: float = Field(
+        default=0.03,
+        ge=0,
+        description="Rise from 0 to the peak: below 1 a share of the budget, from 1 a number of steps.",
+    )
+
+
+class _Decay(_Schedule):
+    """What all schedules that come down share."""
+
+    min_factor: float = Field(
+        default=0.0, ge=0, lt=1, description="Where the rate lands, as a share of the peak."
+    )
+
+
+class ConstantSchedule(_Schedule):
+    """The peak rate after warm-up."""
+
+    name: Literal["constant"] = Field(default="constant", description="The peak rate after warm-up.")
+
+
+class LinearSchedule(_Decay):
+    """A straight line down."""
+
+    name: Literal["linear"] = Field(default="linear", description="A straight line down.")
+
+
+class CosineSchedule(_Decay):
+    """Half a cosine wave down."""
+
+    name: Literal["cosine"] = Field(
+        default="cosine", description="Half a cosine wave down (arXiv:1608.03983)."
+    )
+
+
+class PolynomialSchedule(_Decay):
+    """(1 - x) to a power."""
+
+    name: Literal["polynomial"] = Field(default="polynomial", description="(1 - x) ** power.")
+    power: float = Field(default=1.0, gt=0, description="The power; 1 is linear.")
+
+
+class RexSchedule(_Decay):
+    """Reflected exponential (arXiv:2107.04197): stays high for long, then comes down quickly."""
+
+    name: Literal["rex"] = Field(
+        default="rex", description="Reflected exponential (arXiv:2107.04197): high for long."
+    )
+    d: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Bend of (1 - x) / (1 - d + d * (1 - x)): 0 is linear, nearer to 1 stays high for "
+        "longer; other tools named rex use 0.9.",
+    )
+
+
+AdapterConfig = LoraAdapter
+OptimizerConfig = Annotated[AdamW | AdamW8bit | PagedAdamW8bit | Lion8bit, Field(discriminator="name")]
+ScheduleConfig = Annotated[
+    ConstantSchedule | LinearSchedule | CosineSchedule | PolynomialSchedule | RexSchedule,
+    Field(discriminator="name"),
+]

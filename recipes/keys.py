@@ -1,0 +1,62 @@
+"""All keys of the schema by their dotted path, for suggestions and for the reference."""
+
+from functools import cache
+from typing import Any
+
+from .schema import Recipe
+
+SHARED = ("name", "path", "split", "weight", "format", "columns")
+
+
+@cache
+def raw_schema() -> dict[str, Any]:
+    """The JSON schema of the spelled-out form."""
+    return Recipe.model_json_schema(mode="validation")
+
+
+def variants(section: str) -> dict[str, dict[str, Any]]:
+    """Definitions that a section may have: {"adamw": {...}, ...} for a choice by name, else {"": {...}}."""
+    schema = raw_schema()
+    declared = schema["properties"][section]
+    references = [declared, *declared.get("oneOf", []), *declared.get("anyOf", [])]
+    found = {}
+    for reference in references:
+        if "$ref" in reference:
+            definition = schema["$defs"][reference["$ref"].rsplit("/", 1)[-1]]
+            name = definition["properties"].get("name", {}).get("const", "")
+            found[name] = definition
+    return found
+
+
+@cache
+def sections() -> tuple[str, ...]:
+    """Names of the sections, in order."""
+    return tuple(raw_schema()["properties"])
+
+
+@cache
+def dotted_keys() -> tuple[str, ...]:
+    """`model`, `model.model_name_or_path`, ..., each once."""
+    found: dict[str, None] = {}
+    for section in sections():
+        found[section] = None
+        for definition in variants(section).values():
+            found.update(dict.fromkeys(f"{section}.{key}" for key in definition["properties"]))
+    return tuple(found)
+
+
+def properties_at(path: tuple[str | int, ...], name: str | None = None) -> dict[str, Any]:
+    """Properties of the mapping at a path: () is the recipe, then such as ("data", "train", 0)."""
+    schema = raw_schema()
+    if not path:
+        found: dict[str, Any] = schema["properties"]
+        return found
+    if path[-1] == "columns":
+        return dict(schema["$defs"]["Columns"]["properties"])
+    if len(path) > 1 and path[0] == "data" and path[1] in ("train", "eval"):
+        return dict(schema["$defs"]["Source"]["properties"])
+    if len(path) == 1 and isinstance(path[0], str) and path[0] in sections():
+        menu = variants(path[0])
+        chosen = menu.get(name or "", next(iter(menu.values()), {}))
+        return dict(chosen.get("properties", {}))
+    return {}

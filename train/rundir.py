@@ -1,0 +1,204 @@
+"""The run directory: its paths, its small JSON files, and a lock so that only one process trains in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..recipes.errors import UserError
+
+# What a run writes, and therefore what `clear` may delete. Nothing else in the directory is ever touched.
+FILES = (
+    "recipe.yaml",
+    "resolved.yaml",
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "summary.json",
+    "samples.json",
+    "report.html",
+    "best",
+    "final",
+    "final.part",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+CHECKPOINT = "checkpoint-"
+
+
+class ResolvedText(Protocol):
+    """What `recipes.load.Resolved` offers here: the user's text and the resolved one."""
+
+    @property
+    def text(self) -> str:
+        """The recipe as the user wrote it."""
+        ...
+
+    def to_yaml(self) -> str:
+        """Every value with its origin as a trailing comment."""
+        ...
+
+
+class RunDir:
+    """One run's directory. Creating the object makes the directory; paths are attributes.
+
+    Raises UserError when the path is a file or cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"output_dir      {self.path} is a file, not a folder.\n"
+                "                Choose another one: output_dir=runs/NAME"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"output_dir      {self.path} cannot be made: {error.strerror}.\n"
+                "                Choose a folder that you may write to: output_dir=runs/NAME"
+            ) from None
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise UserError(
+                f"output_dir      {self.path} is not writable for this user.\n"
+                "                Choose a folder that you may write to: output_dir=runs/NAME"
+            )
+        self.recipe = self.path / "recipe.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        self.plan = self.path / "plan.json"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.summary = self.path / "summary.json"
+        self.samples = self.path / "samples.json"
+        self.report = self.path / "report.html"
+        self.best = self.path / "best"
+        self.final = self.path / "final"
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its path."""
+        return self.path.resolve().name
+
+    def write_recipe(self, resolved: ResolvedText) -> None:
+        """recipe.yaml as the user wrote it, and resolved.yaml with every value and where it came from."""
+        write_text(self.recipe, resolved.text)
+        write_text(self.resolved, resolved.to_yaml())
+
+    def write_plan(self, plan: Any) -> None:
+        """plan.json; `plan` is a dataclass or a mapping."""
+        write_json(self.plan, plan)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """environment.json; see `environment.describe_environment`."""
+        write_json(self.environment, environment)
+
+    def write_samples(self, samples: Mapping[str, Any]) -> None:
+        """samples.json: {"before": [{"prompt", "reference", "answer"}], "after": [...]}."""
+        write_json(self.samples, samples)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for this process; the lock goes with the process, so a kill leaves none behind.
+
+        Raises UserError naming the process that holds it.
+        """
+        path = self.path / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 64).decode(errors="replace").strip() or "unknown"
+                raise UserError(
+                    f"output_dir      {self.path} is in use: process {holder} trains into it.\n"
+                    f"                Wait for it, end it with `kill {holder}` (it saves first),\n"
+                    "                or choose another folder: output_dir=runs/NAME"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def holds_run(self) -> bool:
+        """True when an earlier start has left something to resume or to refuse here."""
+        return self.resolved.exists() or any(self.path.glob(f"{CHECKPOINT}*"))
+
+    def leftovers(self) -> list[Path]:
+        """What a killed process left half-written here: temporary files and folders, by their names."""
+        found = {*self.path.glob("*.tmp*"), *self.path.glob(".*.tmp*"), *self.path.glob("*.part")}
+        return sorted(found)
+
+    def remove_leftovers(self) -> list[Path]:
+        """Delete the leftovers and return what was deleted. Call it with the lock held."""
+        found = self.leftovers()
+        for path in found:
+            _delete(path)
+        return found
+
+    def clear(self) -> None:
+        """Delete what an earlier run wrote (`--fresh`) and nothing else. Call with the lock held."""
+        for path in [self.path / name for name in FILES] + list(self.path.glob(f"{CHECKPOINT}*")):
+            _delete(path)
+        self.remove_leftovers()
+
+    def model_writer(self, model: Any, tokenizer: Any) -> Callable[[Path], None]:
+        """The `copy` of `checkpoint.save`: writes the adapter, or the whole model, and the tokenizer."""
+
+        def write(folder: Path) -> None:
+            if hasattr(model, "peft_config"):
+                from ..adapters import save_adapter
+
+                save_adapter(model, folder)
+            else:
+                model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        return write
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A dataclass or JSON-able value as indented JSON, whole or not at all; NaN and infinity become null."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    text = json.dumps(finite(plain), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written aside, fsynced and renamed, so that a reader or a kill never meets half a file."""
+    aside = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None, since JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _delete(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)

@@ -1,0 +1,103 @@
+"""MANIFEST.json: written last, it says which files make the checkpoint and what each must be.
+
+Checksums catch accidents, not attackers; what an attacker could do with a manifest (name files outside the
+directory, ask for endless memory) is refused before anything is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import strict_json
+from .errors import BrokenCheckpoint, NewerFormat
+from .files import FileFacts, read_inside
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+_LIMIT_BYTES = 16 << 20
+_LIMIT_FILES = 10_000
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of. `saved_at`: seconds since 1970, for people; never used for order."""
+
+    step: int
+    writer: str
+    saved_at: float
+    files: Mapping[str, FileFacts]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files, without the manifest."""
+        return sum(facts.bytes for facts in self.files.values())
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's content, with a checksum of the manifest itself."""
+    body = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "writer": manifest.writer,
+        "saved_at": manifest.saved_at,
+        "files": {name: asdict(manifest.files[name]) for name in sorted(manifest.files)},
+    }
+    return strict_json.dumps({**body, "sha256": _sha256(body)}, name=MANIFEST)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a directory, believed only if its own checksum, its shape and all names in it hold.
+
+    Raises BrokenCheckpoint, or NewerFormat when a later version of the program wrote it.
+    """
+    content = strict_json.loads(read_inside(checkpoint, MANIFEST, limit=_LIMIT_BYTES), name=MANIFEST)
+    if not isinstance(content, dict):
+        raise BrokenCheckpoint(f"{MANIFEST} is not an object")
+    sha256 = content.pop("sha256", None)
+    if sha256 != _sha256(content):
+        raise BrokenCheckpoint(f"{MANIFEST} does not match its own checksum")
+    version = content.get("format")
+    if type(version) is not int:
+        raise BrokenCheckpoint(f"{MANIFEST} has no format version")
+    if version > FORMAT:
+        raise NewerFormat(
+            f"written by {content.get('writer')!s:.60} in format {version}, this version reads up to {FORMAT}"
+        )
+    step, writer, saved_at, files = (content.get(key) for key in ("step", "writer", "saved_at", "files"))
+    if type(step) is not int or not isinstance(writer, str) or not isinstance(saved_at, (int, float)):
+        raise BrokenCheckpoint(f"{MANIFEST} lacks step, writer or saved_at")
+    if not isinstance(files, dict) or len(files) > _LIMIT_FILES:
+        raise BrokenCheckpoint(f"{MANIFEST} must list at most {_LIMIT_FILES:,} files")
+    return Manifest(step, writer, float(saved_at), {name: _facts(name, files[name]) for name in files})
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is a relative path that stays inside its directory on every system."""
+    parts = name.split("/")
+    if (
+        not name
+        or len(name) > 500
+        or name.split("/")[0] == MANIFEST
+        or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+        or any(ord(character) < 32 or character in "\\:\x7f" for character in name)
+    ):
+        raise ValueError(f"{name[:80]!r} is not a name that a file in a checkpoint may have")
+
+
+def _facts(name: str, value: Any) -> FileFacts:
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{MANIFEST}: {error}") from None
+    match value:
+        case {"bytes": int(size), "xxh3_128": str(checksum), **rest} if size >= 0 and not rest:
+            return FileFacts(size, checksum)
+    raise BrokenCheckpoint(f"{MANIFEST}: the entry of {name} is not a size and a checksum")
+
+
+def _sha256(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(strict_json.dumps(dict(body), name=MANIFEST)).hexdigest()

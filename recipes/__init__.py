@@ -20,8 +20,11 @@ from .choices import (
     ScheduleConfig,
 )
 from .errors import BudgetError, DivergedError, ShoestringError, UserError
+from .load import load_recipe
 from .model_data import Columns, DataConfig, ModelConfig, Source
+from .presets import Preset, copy_preset, list_presets
 from .quantities import Bytes, Count, Every, Joules, Money, Price, Seconds
+from .resolved import Resolved
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
 from .schema import Recipe, json_schema
 
@@ -52,8 +55,10 @@ __all__ = [
     "OptimizerConfig",
     "PagedAdamW8bit",
     "PolynomialSchedule",
+    "Preset",
     "Price",
     "Recipe",
+    "Resolved",
     "RexSchedule",
     "ScheduleConfig",
     "Seconds",
@@ -62,5 +67,8 @@ __all__ = [
     "TrackConfig",
     "TrainConfig",
     "UserError",
+    "copy_preset",
     "json_schema",
+    "list_presets",
+    "load_recipe",
 ]

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+MAX_KEYS = 6
+
 
 def describe(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """One phrase such as `auto, or a whole number of at least 1`."""
@@ -11,9 +13,7 @@ def describe(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def _kinds(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
     if "$ref" in schema:
-        name = schema["$ref"].rsplit("/", 1)[-1]
-        keys = definitions[name]["properties"]
-        return [f"a mapping with {', '.join(keys)}"]
+        return [_mapping(schema, definitions)]
     for union in ("anyOf", "oneOf"):
         if union in schema:
             found: list[str] = []
@@ -24,13 +24,15 @@ def _kinds(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
         return [_word(schema["const"])]
     if "enum" in schema:
         return [_word(value) for value in schema["enum"]]
-    if "title" in schema and (
-        "pattern" in schema
-        or schema.get("type") == "string"
-        or ("type" in schema and isinstance(schema["type"], list))
-    ):
-        return [schema["title"]]
+    if "x-allowed" in schema:
+        return [schema["x-allowed"]]
     return [_plain(schema, definitions)]
+
+
+def _mapping(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    keys = list(definitions[schema["$ref"].rsplit("/", 1)[-1]]["properties"])
+    shown = ", ".join(keys if len(keys) <= MAX_KEYS else [*keys[:MAX_KEYS], "..."])
+    return f"a mapping with {shown}"
 
 
 def _plain(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -39,9 +41,11 @@ def _plain(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         if "prefixItems" in schema:
             items = schema["prefixItems"]
             return f"a list of {len(items)}, each {describe(items[0], definitions)}"
-        return f"a list of {describe(schema.get('items', {}), definitions)}"
+        if "$ref" in schema["items"]:
+            return f"a path or hub id, {_mapping(schema['items'], definitions)}, or a list of these"
+        return f"a list of {describe(schema['items'], definitions)}"
     if kind == "object":
-        return f"a mapping from text to {describe(schema.get('additionalProperties', {}), definitions)}"
+        return f"a mapping from text to {describe(schema['additionalProperties'], definitions)}"
     if kind in ("integer", "number"):
         name = "a whole number" if kind == "integer" else "a number"
         return name + _range(schema)
@@ -63,3 +67,14 @@ def _range(schema: dict[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def words(schema: dict[str, Any]) -> list[str]:
+    """The words that a key allows, for suggestions."""
+    found = [_word(value) for value in schema.get("enum", [])]
+    if "const" in schema:
+        found.append(_word(schema["const"]))
+    for union in ("anyOf", "oneOf"):
+        for kind in schema.get(union, []):
+            found += words(kind)
+    return found

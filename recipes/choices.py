@@ -16,7 +16,7 @@ class ObjectiveConfig(Section):
     name: str = Field(
         default="sft",
         pattern=r"^(sft|[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*)$",
-        title="sft, or your own as module:attribute",
+        json_schema_extra={"x-allowed": "sft, or your own as module:attribute"},
         description="`sft` (cross-entropy on the trained tokens), or an objective of your own as "
         "`module:attribute`.",
     )
@@ -70,7 +70,9 @@ class LoraAdapter(Section):
     )
     init_lora_weights: (
         Literal[True, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva"]
-        | Annotated[str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$", title="pissa_niter_N")]
+        | Annotated[
+            str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$", json_schema_extra={"x-allowed": "pissa_niter_N"})
+        ]
     ) = Field(
         default=True,
         description="Start of the adapter. true: no change at the start; `olora` (arXiv:2406.01775) and "

@@ -8,6 +8,7 @@ FOREIGN = {
     "model_path": "model.model_name_or_path",
     "pretrained_model_name_or_path": "model.model_name_or_path",
     "checkpoint_dir": "model.model_name_or_path",
+    "gradient_checkpointing": "train.activation_checkpointing",
     "torch_dtype": "model.dtype",
     "precision": "model.dtype",
     "bf16": "model.dtype=bfloat16",

@@ -34,6 +34,12 @@ def _show(given: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _with_unit(given: object, unit: str) -> str:
+    """A guess for a plain number, which has no unit."""
+    plain = isinstance(given, int | float) and not isinstance(given, bool) and given > 0
+    return f".   Did you mean {given}{unit} ?" if plain else ""
+
+
 def _finite_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 
@@ -42,7 +48,7 @@ class _Real(float):
     """A positive, finite number that remembers its text; subclasses say the unit and how text is read."""
 
     allowed = ""
-    example: str | float = ""
+    unit = ""
     text: str
 
     def __new__(cls, value: float, text: str | None = None) -> Self:
@@ -74,7 +80,7 @@ class _Real(float):
             return given
         value = cls.read(given.strip()) if isinstance(given, str) else None
         if value is None:
-            raise ValueError(f"{_show(given)} is not {cls.allowed}")
+            raise ValueError(f"{_show(given)} is not {cls.allowed}{_with_unit(given, cls.unit)}")
         return cls(value, given.strip())
 
 
@@ -82,7 +88,7 @@ class Seconds(_Real):
     """A duration, in seconds."""
 
     allowed = "a duration such as 90s, 5min, 1h30m, 3h or 2d"
-    example = "2h"
+    unit = "s"
 
     @classmethod
     def write(cls, value: float) -> str:
@@ -109,7 +115,7 @@ class Money(_Real):
     """An amount of money, in units of `.currency` (a three-letter code)."""
 
     allowed = "an amount of money with its currency, such as 20 USD"
-    example = "20 USD"
+    unit = " USD"
 
     @property
     def currency(self) -> str:
@@ -131,7 +137,7 @@ class Price(Money):
     """The price of the machine, in units of `.currency` per hour."""
 
     allowed = "a price per hour such as 2.49 USD/h"
-    example = "2.49 USD/h"
+    unit = " USD/h"
 
     @classmethod
     def read(cls, text: str) -> float | None:
@@ -161,7 +167,7 @@ class Joules(_Real):
     """An amount of energy, in joules."""
 
     allowed = "an amount of energy such as 500 Wh, 0.5 kWh or 2 MJ"
-    example = "0.5 kWh"
+    unit = " Wh"
 
     @classmethod
     def write(cls, value: float) -> str:
@@ -181,7 +187,6 @@ class _Whole(int):
     """A positive whole number that remembers its text."""
 
     allowed = ""
-    example: str | int = ""
     text: str
 
     def __new__(cls, value: float, text: str | None = None) -> Self:
@@ -206,7 +211,6 @@ class Bytes(_Whole):
     """An amount of memory or disk, in bytes. GB is 10^9, GiB is 2^30."""
 
     allowed = "an amount of memory such as 16GB (10^9 bytes) or 16 GiB (2^30)"
-    example = "16 GiB"
 
     @classmethod
     def write(cls, value: int) -> str:
@@ -220,7 +224,7 @@ class Bytes(_Whole):
             return given
         part = _PART.fullmatch(given.strip()) if isinstance(given, str) else None
         if part is None or part[2].lower() not in _BYTES:
-            raise ValueError(f"{_show(given)} is not {cls.allowed}")
+            raise ValueError(f"{_show(given)} is not {cls.allowed}{_with_unit(given, ' GB')}")
         return cls(float(part[1]) * _BYTES[part[2].lower()], str(given).strip())
 
 
@@ -228,7 +232,6 @@ class Count(_Whole):
     """A whole number of things: 500, 2M, 1.5e6."""
 
     allowed = "a whole number above 0, such as 500, 20k, 2M or 1.5e6"
-    example = 500
 
     @classmethod
     def write(cls, value: int) -> str:

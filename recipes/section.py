@@ -80,7 +80,7 @@ class _Amount:
     ) -> dict[str, Any]:
         """Text, or a number where that is unambiguous."""
         kinds: dict[str, Any] = {"type": ["integer", "string"]} if self.numbers else {"type": "string"}
-        return {**kinds, "title": self.kind.allowed}
+        return {**kinds, "x-allowed": self.kind.allowed}
 
 
 Auto = Annotated[T | None, _Automatic()]

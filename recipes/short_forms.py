@@ -23,8 +23,23 @@ SHORT_FORMS = {
 }
 """Section -> the key that a bare value stands for."""
 
+OLD_NAMES = {"train": {"gradient_checkpointing": "activation_checkpointing"}}
+"""Section -> names that transformers still understands, and the new name of each."""
+
 DEFAULT_NAMES = {"objective": "sft", "adapter": "lora", "optimizer": "adamw", "schedule": "rex"}
 """Section -> the `name` of a mapping that gives none."""
+
+
+def is_short(section: str, given: Any) -> bool:
+    """Whether a section is given in its short form. A number for the budget is one without its unit."""
+    if section not in SHORT_FORMS or isinstance(given, bool):
+        return False
+    lists, numbers = section in ("data", "track"), section == "budget"
+    return (
+        isinstance(given, str)
+        or (lists and isinstance(given, list))
+        or (numbers and isinstance(given, int | float))
+    )
 
 
 def expand_section(section: str, given: Any) -> Any:
@@ -37,6 +52,9 @@ def expand_section(section: str, given: Any) -> Any:
         return given
     if section in DEFAULT_NAMES and "name" not in given:
         given = {"name": DEFAULT_NAMES[section], **given}
+    for old, new in OLD_NAMES.get(section, {}).items():
+        if old in given and new not in given:
+            given = {new if key == old else key: value for key, value in given.items()}
     if section == "data":
         return expand_data(given)
     if (

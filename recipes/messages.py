@@ -1,0 +1,155 @@
+"""Validation errors of pydantic, in the words of a recipe: one line for each key that is wrong."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from .allowed import describe, words
+from .checks import Problem
+from .draft import Draft, dotted
+from .hints import FOREIGN
+from .keys import dotted_keys, properties_at, raw_schema, sections, variants
+from .short_forms import SHORT_FORMS
+from .yaml_text import KeyPath, flow
+
+MAX_PROBLEMS = 20
+_FIXES = {
+    "model": "Add a line such as   model: HuggingFaceTB/SmolLM2-135M-Instruct",
+    "data": "Add a line such as   data: chats.jsonl",
+    "budget": "Add a line such as   budget: 2h",
+}
+
+
+def explain(error: ValidationError, draft: Draft, shown: str) -> list[tuple[str, str]]:
+    """Rows of (where, what), in the order of the keys in the schema's sections."""
+    rows: dict[KeyPath, tuple[str, str]] = {}
+    for details in error.errors(include_url=False):
+        if details["type"] == "cross_checks":
+            return [_cross_check(problem, draft, shown) for problem in details["ctx"]["problems"]]
+        path = _clean(details, draft.values)
+        rows.setdefault(path, (draft.where(path) or shown, _sentence(details, path, draft.values)))
+    found = list(rows.values())
+    if len(found) > MAX_PROBLEMS:
+        left = len(found) - MAX_PROBLEMS
+        found = [*found[:MAX_PROBLEMS], (shown, f"has {left} more problems of this kind.")]
+    return found
+
+
+def _cross_check(problem: Problem, draft: Draft, shown: str) -> tuple[str, str]:
+    path = _path(problem.key)
+    here = draft.where(path) or shown
+    others = [
+        f"{key} is in {draft.where(_path(key))}"
+        for key in problem.others
+        if draft.where(_path(key)) not in ("", here)
+    ]
+    text = problem.text if not others else f"{problem.text}   ({', '.join(others)})"
+    return here, text
+
+
+def _path(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def _clean(details: ErrorDetails, values: Any) -> KeyPath:
+    """Where the error is in the recipe: pydantic's location without the names of union members."""
+    path: list[str | int] = []
+    current = values
+    location = details["loc"]
+    for number, part in enumerate(location):
+        inside = (isinstance(current, dict) and part in current) or (
+            isinstance(current, list) and isinstance(part, int) and part < len(current)
+        )
+        if inside:
+            path.append(part)
+            current = current[part]
+        elif details["type"] == "missing" and number == len(location) - 1:
+            path.append(part)
+    if details["type"] == "union_tag_invalid":
+        path.append("name")
+    return tuple(path)
+
+
+def _sentence(details: ErrorDetails, path: KeyPath, values: dict[str, Any]) -> str:
+    key = dotted(path)
+    kind = details["type"]
+    if kind == "extra_forbidden":
+        return _unknown(path, values)
+    if kind == "missing":
+        return f"{key} is missing.   {_FIXES.get(key, f'Add {path[-1]}')}"
+    if kind == "amount":
+        return f"{key}: {details['ctx']['sentence']}"
+    given = _at(path, values)
+    schema = _schema(path, values)
+    allowed = describe(schema, raw_schema()["$defs"])
+    if len(path) == 1 and path[0] in SHORT_FORMS and "mapping" in allowed:
+        allowed = f"text, or {allowed}"
+    guess = get_close_matches(given, words(schema), n=1, cutoff=0.6) if isinstance(given, str) else []
+    return f"{key} is {_show(given)}; allowed: {allowed}" + (
+        f".   Did you mean {guess[0]} ?" if guess else ""
+    )
+
+
+def _schema(path: KeyPath, values: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of the key at a path, or of the nearest key around it."""
+    for end in range(len(path), 0, -1):
+        parent, last = path[: end - 1], path[end - 1]
+        if len(parent) == 1 and last == "name" and (menu := variants(str(parent[0]))) and "" not in menu:
+            return {"enum": list(menu)}
+        properties = properties_at(parent, _name(parent, values))
+        if last in properties:
+            found: dict[str, Any] = properties[last]
+            return found
+    return {}
+
+
+def _unknown(path: KeyPath, values: dict[str, Any]) -> str:
+    """An unknown key, with what was probably meant: another tool's name, a key elsewhere, or a near spelling."""
+    key, section, leaf = dotted(path), path[:-1], str(path[-1])
+    name = _name(section, values)
+    if name is not None and (owners := _owners(str(section[0]), leaf)):
+        return f"{key} is not a key of {name}; {_either(owners, 'and')} {'has' if len(owners) == 1 else 'have'} it."
+    mine = list(properties_at(section, name))
+    if near := get_close_matches(leaf, mine, n=1, cutoff=0.8):
+        return f"{key} is not a key.   Did you mean {dotted((*section, near[0]))} ?"
+    if leaf.lower() in FOREIGN:
+        return f"{key} is not a key.   It is called {FOREIGN[leaf.lower()]} here"
+    elsewhere = [known for known in dotted_keys() if known.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f"{key} is not a key.   Did you mean {_either(elsewhere)} ?"
+    if near := get_close_matches(leaf, mine, n=1, cutoff=0.6):
+        return f"{key} is not a key.   Did you mean {dotted((*section, near[0]))} ?"
+    leaves = {known.rpartition(".")[2]: known for known in reversed(dotted_keys())}
+    if near := get_close_matches(leaf, list(leaves), n=1, cutoff=0.75):
+        return f"{key} is not a key.   Did you mean {leaves[near[0]]} ?"
+    return f"{key} is not a key; allowed: {', '.join(mine if section else sections())}"
+
+
+def _owners(section: str, leaf: str) -> list[str]:
+    """Choices of a section that have a key, such as polynomial for power."""
+    return [name for name, definition in variants(section).items() if leaf in definition["properties"]]
+
+
+def _name(section: KeyPath, values: dict[str, Any]) -> str | None:
+    """The chosen `name` of a section that is a choice by name."""
+    if len(section) != 1 or section[0] not in ("objective", "adapter", "optimizer", "schedule"):
+        return None
+    chosen = values.get(str(section[0]))
+    return chosen.get("name") if isinstance(chosen, dict) else None
+
+
+def _at(path: KeyPath, values: Any) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def _show(given: Any) -> str:
+    text = repr(given) if isinstance(given, str) else flow(given)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _either(keys: list[str], join: str = "or") -> str:
+    return keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + f" {join} " + keys[-1]

@@ -20,7 +20,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 def dumps(value: Any, *, name: str) -> bytes:
     """`value` as UTF-8 JSON. TypeError or ValueError names the place, e.g. `trainer.clock.started`."""
-    return json.dumps(_encode(value, name), allow_nan=False, ensure_ascii=True, indent=1).encode() + b"\n"
+    return json.dumps(_encode(value, name), allow_nan=False, ensure_ascii=True, indent=1).encode()
 
 
 def loads(data: bytes, *, name: str) -> Any:

@@ -1,0 +1,235 @@
+"""All rows of some sources, read and tokenised a chunk at a time, with every row that is left out counted."""
+
+import heapq
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ..recipes.errors import UserError
+from ..recipes.model_data import DataConfig, Source
+from .encode import Encoded, RowEncoder
+from .formats import Format, Messages, choose_format, normalise
+from .raw import RawRow, RowProblem
+from .report import DataReport, SourceReport
+from .sources import Input
+from .split import content_hash
+
+CHUNK_ROWS = 2000
+SAMPLE_ROWS = 200
+"""So many rows are looked at to find the format."""
+KEPT_CONVERSATIONS = 4096
+"""Conversations kept as messages while reading: those with the lowest hashes, from which samples are
+taken."""
+
+
+@dataclass
+class Gathered:
+    """Rows in the order in which they were read; all lists have one entry a row."""
+
+    tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    trained: list[NDArray[np.bool_]] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+    lowest: list[tuple[int, int, Messages]] = field(default_factory=list)
+    """A heap of (-hash, -row, messages)."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def hash_array(self) -> NDArray[np.uint64]:
+        """[rows]"""
+        return np.array(self.hashes, dtype=np.uint64)
+
+    def add(self, encoded: Encoded, content: Messages | str, content_hash: int, source: int) -> None:
+        """Append one row."""
+        if not isinstance(content, str):
+            entry = (-content_hash, -len(self), content)
+            if len(self.lowest) < KEPT_CONVERSATIONS:
+                heapq.heappush(self.lowest, entry)
+            elif entry > self.lowest[0]:
+                heapq.heapreplace(self.lowest, entry)
+        self.tokens.append(encoded.tokens)
+        self.trained.append(encoded.trained)
+        self.source.append(source)
+        self.hashes.append(content_hash)
+
+    def samples(self, count: int, mask: NDArray[np.bool_] | None) -> tuple[list[Messages], list[str]]:
+        """Prompts and the answers that follow, for rows inside the mask, lowest hash first, no content
+        twice."""
+        prompts: list[Messages] = []
+        references: list[str] = []
+        last = None
+        for negative_hash, negative_row, messages in sorted(
+            self.lowest, key=lambda entry: (-entry[0], -entry[1])
+        ):
+            if (
+                negative_hash == last
+                or (mask is not None and not mask[-negative_row])
+                or len(prompts) == count
+            ):
+                continue
+            last = negative_hash
+            prompts.append(messages[:-1])
+            references.append(messages[-1]["content"])
+        return prompts, references
+
+
+def gather(
+    inputs: Sequence[Input],
+    sources: Sequence[Source],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    role: str,
+    seed: int,
+    limit: int | None,
+    report: DataReport,
+) -> Gathered:
+    """Read and tokenise the sources; each adds its SourceReport to `report.sources`.
+
+    Raises:
+        UserError: bad rows with data.on_bad_row=error, long rows with data.on_long_row=error, no rows at all.
+
+    """
+    gathered = Gathered()
+    encoder = RowEncoder(tokenizer, assistant_only_loss=data.assistant_only_loss)
+    for number, (given, source) in enumerate(zip(inputs, sources, strict=True)):
+        counts = SourceReport(given.label, role, source.weight)
+        report.sources.append(counts)
+        reading = _Reading(data, seed, limit, encoder, counts, gathered, number)
+        reading.read(given, source)
+    if encoder.eos_added:
+        report.notes.append(
+            f"the chat template puts no special token behind the last turn: {tokenizer.eos_token} is added "
+            f"({encoder.eos_added:,} rows)"
+        )
+    return gathered
+
+
+@dataclass
+class _Reading:
+    """One source while it is read."""
+
+    data: DataConfig
+    seed: int
+    limit: int | None
+    encoder: RowEncoder
+    counts: SourceReport
+    gathered: Gathered
+    number: int
+    longest: tuple[int, str] = (0, "")
+    too_long: int = 0
+
+    def read(self, given: Input, source: Source) -> None:
+        rows = given.rows()
+        first = list(itertools.islice(rows, SAMPLE_ROWS))
+        if not first:
+            raise UserError(f"{given.label}  has no rows: the file is empty")
+        sample = [row.value for row in first if row.problem is None and isinstance(row.value, Mapping)]
+        chosen = self._format(sample, source, given.label) if sample else None
+        for chunk in _chunks(itertools.chain(first, rows)):
+            self._take(chunk, chosen)
+        self._complain(given.label)
+
+    def _format(self, sample: list[Mapping[str, Any]], source: Source, label: str) -> Format:
+        chosen = choose_format(
+            sample,
+            format=source.format or self.data.format,
+            columns=source.columns or self.data.columns,
+            label=label,
+        )
+        self.counts.format, self.counts.why = chosen.name, chosen.why
+        used = set(chosen.columns.values())
+        self.counts.unused_columns = sorted({str(key) for row in sample for key in row} - used)
+        return chosen
+
+    def _take(self, chunk: Sequence[RawRow], chosen: Format | None) -> None:
+        contents: list[Messages | str] = []
+        places: list[str] = []
+        for row in chunk:
+            self.counts.rows_read += 1
+            try:
+                if row.problem is not None:
+                    raise row.problem
+                if chosen is None:
+                    raise RowProblem("are not objects with columns", type(row.value).__name__)
+                content = normalise(row.value, chosen)
+            except RowProblem as problem:
+                self.counts.drop(row.where, problem)
+                continue
+            if self.data.system_prompt and not isinstance(content, str) and content[0]["role"] != "system":
+                content.insert(0, {"role": "system", "content": self.data.system_prompt})
+            contents.append(content)
+            places.append(row.where)
+        if self.counts.dropped and self.data.on_bad_row == "error":
+            return  # the run will not start: only the rest of the bad rows is still to be counted
+        for content, where, encoded in zip(contents, places, self.encoder.encode(contents), strict=True):
+            self._keep(content, where, encoded)
+
+    def _keep(self, content: Messages | str, where: str, encoded: Encoded | RowProblem) -> None:
+        if isinstance(encoded, RowProblem):
+            self.counts.drop(where, encoded)
+            return
+        length = len(encoded.tokens)
+        if self.limit is not None and length > self.limit:
+            if length > self.longest[0]:
+                self.longest = length, where
+            self.too_long += 1
+            if self.data.on_long_row != "truncate":
+                if self.data.on_long_row == "skip":
+                    self.counts.drop(where, RowProblem(f"are longer than {self.limit} tokens", f"{length}"))
+                return
+            encoded = Encoded(encoded.tokens[: self.limit].copy(), encoded.trained[: self.limit].copy())
+            if not encoded.trained.any():
+                reason = f"have no trained token within the first {self.limit}"
+                self.counts.drop(where, RowProblem(reason, f"{length} tokens"))
+                return
+            self.counts.truncated.add(where, f"{length} tokens")
+        if not encoded.trained.any():
+            self.counts.drop(where, RowProblem("have no trained token"))
+            return
+        self.counts.rows_kept += 1
+        self.counts.tokens += len(encoded.tokens)
+        self.gathered.add(encoded, content, content_hash(content, self.seed), self.number)
+
+    def _complain(self, label: str) -> None:
+        counts = self.counts
+        if self.too_long and self.data.on_long_row == "error":
+            raise UserError(
+                f"{label}  {self.too_long:,} of {counts.rows_read:,} rows are longer than data.max_length="
+                f"{self.limit} (longest {self.longest[0]:,}: {self.longest[1]}).\n"
+                f"  data.max_length={self.longest[0]}, or data.on_long_row=truncate, or skip"
+            )
+        expected = (
+            f"are longer than {self.limit} tokens",
+            f"have no trained token within the first {self.limit}",
+        )
+        bad = {reason: dropped for reason, dropped in counts.dropped.items() if reason not in expected}
+        if not counts.rows_kept and not (bad and self.data.on_bad_row == "error"):
+            reasons = "; ".join(f"{dropped.count:,} {reason}" for reason, dropped in counts.dropped.items())
+            advice = (
+                "  raise data.max_length"
+                if counts.dropped.keys() <= set(expected)
+                else "  shoestring check RECIPE"
+            )
+            raise UserError(f"{label}  none of {counts.rows_read:,} rows can be used: {reasons}.\n{advice}")
+        if bad and self.data.on_bad_row == "error":
+            first = list(bad.items())[:3]
+            lines = [
+                f"{label}  {dropped.count:,} of {counts.rows_read:,} rows {reason}: "
+                + ", ".join(dropped.examples[:3])
+                + (", ..." if dropped.count > 3 else "")
+                for reason, dropped in first
+            ]
+            more = f"  ({len(bad) - 3} more reasons)" if len(bad) > 3 else ""
+            raise UserError("\n".join(lines) + f"\n  Skip them with data.on_bad_row=skip{more}")
+
+
+def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        yield chunk

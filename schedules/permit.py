@@ -1,0 +1,26 @@
+"""What the Clock says about the step about to run: a few plain numbers that one process can send to the
+others.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class StepPermit:
+    """The decision for one step, made by one process and followed by all.
+
+    go: run the step. stop_reason: which limit ended the run when `go` is false ("time", "cost", "energy",
+    "tokens", "steps", "epochs", or what the caller gave to `stopped`).
+    progress: share of the training that this budget buys, in [0, 1], at the end of the step.
+    warmup: level of the warm-up in [0, 1]. annealed: progress after warm-up, in [0, 1], for the profile.
+    """
+
+    go: bool
+    progress: float
+    warmup: float
+    annealed: float
+    stop_reason: str | None = None
+
+    def stopped(self, reason: str) -> "StepPermit":
+        """The same point in the run, but the run ends here for `reason` (a signal, early stopping)."""
+        return replace(self, go=False, stop_reason=reason)

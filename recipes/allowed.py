@@ -8,10 +8,14 @@ MAX_KEYS = 6
 def describe(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """One phrase such as `auto, or a whole number of at least 1`."""
     kinds = _kinds(schema, definitions)
+    if "null" in kinds and any("," in kind for kind in kinds):
+        kinds = ["null", *(kind for kind in kinds if kind != "null")]  # no list of examples before it
     return kinds[0] if len(kinds) == 1 else ", ".join(kinds[:-1]) + " or " + kinds[-1]
 
 
 def _kinds(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    if "x-allowed" in schema:
+        return [schema["x-allowed"]]
     if "$ref" in schema:
         return [_mapping(schema, definitions)]
     for union in ("anyOf", "oneOf"):
@@ -24,8 +28,8 @@ def _kinds(schema: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
         return [_word(schema["const"])]
     if "enum" in schema:
         return [_word(value) for value in schema["enum"]]
-    if "x-allowed" in schema:
-        return [schema["x-allowed"]]
+    if schema.get("type") == "boolean":
+        return ["true", "false"]
     return [_plain(schema, definitions)]
 
 
@@ -39,17 +43,18 @@ def _plain(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "array":
         if "prefixItems" in schema:
-            items = schema["prefixItems"]
-            return f"a list of {len(items)}, each {describe(items[0], definitions)}"
+            first = describe(schema["prefixItems"][0], definitions)
+            return f"a list of {len(schema['prefixItems'])}, each {first}"
         if "$ref" in schema["items"]:
             return f"a path or hub id, {_mapping(schema['items'], definitions)}, or a list of these"
-        return f"a list of {describe(schema['items'], definitions)}"
+        items = describe(schema["items"], definitions)
+        return f"a list, each {items}" if items.startswith("a ") else f"a list of {items}"
     if kind == "object":
         return f"a mapping from text to {describe(schema['additionalProperties'], definitions)}"
     if kind in ("integer", "number"):
         name = "a whole number" if kind == "integer" else "a number"
         return name + _range(schema)
-    return {"boolean": "true or false", "string": "text", "null": "null"}.get(str(kind), "any value")
+    return {"string": "text", "null": "null"}.get(str(kind), "any value")
 
 
 def _range(schema: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ class LoraAdapter(Section):
     )
     lora_alpha: int = Field(
         default_factory=_default_alpha,
+        json_schema_extra={"x-default": 32},
         ge=1,
         description="Scale of the update, divided by r (or sqrt(r)). The default is 32 whatever the rank "
         "(8 with use_rslora): with a constant alpha the best rate hardly moves when r changes.",

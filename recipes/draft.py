@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UserError
-from .short_forms import OLD_NAMES, SHORT_FORMS, expand_section
+from .short_forms import OLD_NAMES, SHORT_FORMS, expand_section, is_short
 from .yaml_text import KeyPath, flow, scalar
 
 COMMAND_LINE = "command line"
-ENVIRONMENT = {"WANDB_PROJECT": ("track", "project"), "WANDB_NAME": ("track", "run_name")}
+ENVIRONMENT = {"WANDB_PROJECT": "track.project", "WANDB_NAME": "track.run_name"}
 """Variables of the environment that stand for a key; the recipe beats them."""
 
 
@@ -20,7 +20,7 @@ def dotted(path: KeyPath) -> str:
 
 @dataclass
 class Draft:
-    """Values with their origins (`recipe.yaml:14`, `command line`, `environment WANDB_NAME`), sections spelled out."""
+    """Values with their origins (`recipe.yaml:14`, `command line`, ...), sections spelled out."""
 
     values: dict[str, Any]
     origins: dict[KeyPath, str]
@@ -36,25 +36,48 @@ class Draft:
             path = path[:-1]
         return self.origins.get(path, "")
 
-    def set(self, path: KeyPath, value: Any, origin: str) -> None:
-        """Put a value at a path, making the mappings on the way; what was there before is forgotten."""
+    def set(self, key: str, value: Any, origin: str) -> None:
+        """Put a value at a dotted key, making the mappings on the way; what was there before is forgotten."""
+        *outer, last = key.split(".")
         parent: Any = self.values
-        for depth, part in enumerate(path[:-1], 1):
-            parent = self._step(parent, path, depth, part)
-        last = path[-1]
-        if isinstance(parent, list):
-            last = self._index(parent, path, len(path), last)
-            path = (*path[:-1], last)
-        elif not isinstance(parent, dict):
-            key = dotted(path[:-1])
-            raise UserError(
-                f"{origin}  {dotted(path)} is not a key: {key} is {flow(parent)}, which has no keys."
-            )
-        parent[last] = value
+        path: KeyPath = ()
+        for part in outer:
+            inside = self._enter(parent, path, part, key)
+            if path == () and inside == "adapter" and parent.get("adapter", {}) is None:
+                raise UserError(
+                    f"{COMMAND_LINE}  {key} needs an adapter, and adapter is null "
+                    f"({self.where(('adapter',))}).   Put adapter=lora before it"
+                )
+            path = (*path, inside)
+            if isinstance(parent, dict) and parent.get(inside) is None:
+                parent[inside] = {}
+                self.origins.setdefault(path, origin)
+            parent = parent[inside]
+        inside = self._enter(parent, path, last, key)
+        path = (*path, inside)
+        parent[inside] = value
         self.origins = {known: was for known, was in self.origins.items() if known[: len(path)] != path}
         for known in _paths(value, path):
             self.origins[known] = origin
         self._spell_out(str(path[0]))
+
+    def _enter(self, parent: Any, path: KeyPath, part: str, key: str) -> Any:
+        """`part` as a key of the container at `path`. UserError if the container cannot have it."""
+        if isinstance(parent, dict):
+            return part
+        here = dotted(path)
+        if not isinstance(parent, list):
+            raise UserError(
+                f"{COMMAND_LINE}  {key} is not a key: {here} is {flow(parent)}, which has no keys."
+            )
+        if not part.isdecimal() or int(part) >= len(parent):
+            count = len(parent)
+            allowed = "none, it is empty" if not count else f"{here}.0"
+            allowed += f" to {here}.{count - 1}" if count > 1 else ""
+            raise UserError(
+                f"{COMMAND_LINE}  {key} is not a key: {here} is a list of {count}; allowed: {allowed}"
+            )
+        return int(part)
 
     def override(self, text: str) -> None:
         """Apply `optimizer.learning_rate=1e-3`; the value is read as YAML."""
@@ -71,51 +94,20 @@ class Draft:
             raise UserError(
                 f"{COMMAND_LINE}  {text!r}: the value is not YAML.   Put it into quotes: {key}='\"...\"'"
             ) from None
-        self.set(tuple(int(part) if part.isdecimal() else part for part in parts), value, COMMAND_LINE)
+        self.set(key.strip(), value, COMMAND_LINE)
 
     def read_environment(self, environment: Mapping[str, str]) -> None:
         """Take what the recipe leaves open from the environment."""
-        for variable, path in ENVIRONMENT.items():
-            section = self.values.get(path[0], {})
-            if environment.get(variable) and isinstance(section, dict) and path[1] not in section:
-                self.set(path, environment[variable], f"environment {variable}")
-
-    def _step(self, parent: Any, path: KeyPath, depth: int, part: str | int) -> Any:
-        """The container at path[:depth], made if it is not there."""
-        if isinstance(parent, list):
-            return parent[self._index(parent, path, depth, part)]
-        if not isinstance(parent, dict):
-            key = dotted(path[: depth - 1])
-            raise UserError(
-                f"{COMMAND_LINE}  {dotted(path)} is not a key: {key} is {flow(parent)}, which has no keys."
-            )
-        if part == "adapter" and depth == 1 and parent.get(part, {}) is None:
-            raise UserError(
-                f"{COMMAND_LINE}  {dotted(path)} needs an adapter, and adapter is null "
-                f"({self.where(('adapter',))}).   Put adapter=lora before it"
-            )
-        if parent.get(part) is None:
-            parent[str(part)] = {}
-            self.origins.setdefault(path[:depth], COMMAND_LINE)
-        return parent[part]
-
-    def _index(self, parent: list[Any], path: KeyPath, depth: int, part: str | int) -> int:
-        if not isinstance(part, int) or part >= len(parent):
-            key = dotted(path[: depth - 1])
-            last = len(parent) - 1
-            allowed = (
-                f"{key}.0" if last == 0 else f"{key}.0 to {key}.{last}" if last > 0 else "none, it is empty"
-            )
-            raise UserError(
-                f"{COMMAND_LINE}  {dotted(path)} is not a key: {key} is a list of {len(parent)}; allowed: "
-                f"{allowed}"
-            )
-        return part
+        for variable, key in ENVIRONMENT.items():
+            section, _, leaf = key.partition(".")
+            given = self.values.get(section, {})
+            if environment.get(variable) and isinstance(given, dict) and leaf not in given:
+                self.set(key, environment[variable], f"environment {variable}")
 
     def _spell_out(self, section: str) -> None:
         """Replace a section's short form by the long one, and give the new paths their origins."""
         given = self.values.get(section)
-        if section in SHORT_FORMS and isinstance(given, str | list):
+        if is_short(section, given):
             self._move((section,), (section, SHORT_FORMS[section]))
         if section == "data":
             for key in ("train", "eval"):

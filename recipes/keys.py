@@ -3,20 +3,12 @@
 from functools import cache
 from typing import Any
 
-from .schema import Recipe
-
-SHARED = ("name", "path", "split", "weight", "format", "columns")
-
-
-@cache
-def raw_schema() -> dict[str, Any]:
-    """The JSON schema of the spelled-out form."""
-    return Recipe.model_json_schema(mode="validation")
+from .schema import plain_schema
 
 
 def variants(section: str) -> dict[str, dict[str, Any]]:
     """Definitions that a section may have: {"adamw": {...}, ...} for a choice by name, else {"": {...}}."""
-    schema = raw_schema()
+    schema = plain_schema()
     declared = schema["properties"][section]
     references = [declared, *declared.get("oneOf", []), *declared.get("anyOf", [])]
     found = {}
@@ -31,7 +23,7 @@ def variants(section: str) -> dict[str, dict[str, Any]]:
 @cache
 def sections() -> tuple[str, ...]:
     """Names of the sections, in order."""
-    return tuple(raw_schema()["properties"])
+    return tuple(plain_schema()["properties"])
 
 
 @cache
@@ -47,7 +39,7 @@ def dotted_keys() -> tuple[str, ...]:
 
 def properties_at(path: tuple[str | int, ...], name: str | None = None) -> dict[str, Any]:
     """Properties of the mapping at a path: () is the recipe, then such as ("data", "train", 0)."""
-    schema = raw_schema()
+    schema = plain_schema()
     if not path:
         found: dict[str, Any] = schema["properties"]
         return found

@@ -21,18 +21,16 @@ __all__ = ["Resolved", "load_recipe"]
 def load_recipe(
     source: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] | None = None
 ) -> Resolved:
-    """Read a YAML file or a preset by name, apply the environment and the overrides, and check everything.
+    """Read a YAML file or a preset by name, apply environment and overrides, and check everything.
 
-    `overrides` are texts such as `optimizer.learning_rate=1e-3`, their values read as YAML; `env` is `os.environ`
-    unless given. Raises UserError with one line for each problem found.
+    `overrides` are texts such as `optimizer.learning_rate=1e-3`, their values read as YAML; `env` is
+    `os.environ` unless given. Raises UserError with one line for each problem found.
     """
     shown, path = _find(source)
     text = read_text(path, shown)
     document = parse(text, shown)
     if document.values is None:
-        raise UserError(
-            f"{shown}  is empty; a recipe has at least model, data and budget.   See shoestring new"
-        )
+        raise UserError(f"{shown}  is empty; a recipe has model, data and budget.   See shoestring new")
     if not isinstance(document.values, dict):
         kind = "a list" if isinstance(document.values, list) else "one value"
         raise UserError(

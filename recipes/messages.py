@@ -10,7 +10,9 @@ from .allowed import describe, words
 from .checks import Problem
 from .draft import Draft, dotted
 from .hints import FOREIGN
-from .keys import dotted_keys, properties_at, raw_schema, sections, variants
+from .keys import dotted_keys, properties_at, sections, variants
+from .quantities import Joules, Money
+from .schema import plain_schema
 from .short_forms import SHORT_FORMS
 from .yaml_text import KeyPath, flow
 
@@ -23,25 +25,37 @@ _FIXES = {
 
 
 def explain(error: ValidationError, draft: Draft, shown: str) -> list[tuple[str, str]]:
-    """Rows of (where, what), in the order of the keys in the schema's sections."""
+    """Rows of (where, what), in the order of the lines."""
     rows: dict[KeyPath, tuple[str, str]] = {}
     for details in error.errors(include_url=False):
         if details["type"] == "cross_checks":
             return [_cross_check(problem, draft, shown) for problem in details["ctx"]["problems"]]
         path = _clean(details, draft.values)
         rows.setdefault(path, (draft.where(path) or shown, _sentence(details, path, draft.values)))
-    found = list(rows.values())
+    # A union reports each member that did not fit; the deepest place is the one that a person can mend.
+    found = [row for path, row in rows.items() if not any(_inside(other, path) for other in rows)]
+    found.sort(key=lambda row: _line(row[0]))
     if len(found) > MAX_PROBLEMS:
         left = len(found) - MAX_PROBLEMS
-        found = [*found[:MAX_PROBLEMS], (shown, f"has {left} more problems of this kind.")]
+        found = [*found[:MAX_PROBLEMS], (shown, f"has {left} more problems.")]
     return found
+
+
+def _line(where: str) -> int:
+    """Line of `recipe.yaml:14`; 0 for places without one."""
+    line = where.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
+
+
+def _inside(inner: KeyPath, outer: KeyPath) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _cross_check(problem: Problem, draft: Draft, shown: str) -> tuple[str, str]:
     path = _path(problem.key)
     here = draft.where(path) or shown
     others = [
-        f"{key} is in {draft.where(_path(key))}"
+        f"{key}: {draft.where(_path(key))}"
         for key in problem.others
         if draft.where(_path(key)) not in ("", here)
     ]
@@ -65,7 +79,7 @@ def _clean(details: ErrorDetails, values: Any) -> KeyPath:
         if inside:
             path.append(part)
             current = current[part]
-        elif details["type"] == "missing" and number == len(location) - 1:
+        elif details["type"] == "missing" and number == len(location) - 1 and isinstance(part, str):
             path.append(part)
     if details["type"] == "union_tag_invalid":
         path.append("name")
@@ -77,15 +91,20 @@ def _sentence(details: ErrorDetails, path: KeyPath, values: dict[str, Any]) -> s
     kind = details["type"]
     if kind == "extra_forbidden":
         return _unknown(path, values)
-    if kind == "missing":
+    if kind == "missing" and path[-1] == details["loc"][-1]:
         return f"{key} is missing.   {_FIXES.get(key, f'Add {path[-1]}')}"
     if kind == "amount":
-        return f"{key}: {details['ctx']['sentence']}"
+        return f"{key}: {details['ctx']['sentence']}{_other_limit(path, _at(path, values))}"
     given = _at(path, values)
     schema = _schema(path, values)
-    allowed = describe(schema, raw_schema()["$defs"])
+    allowed = describe(schema, plain_schema()["$defs"])
     if len(path) == 1 and path[0] in SHORT_FORMS and "mapping" in allowed:
-        allowed = f"text, or {allowed}"
+        allowed = f"text, {allowed}" if allowed.startswith("null or") else f"text, or {allowed}"
+    if given is None and "mapping" in allowed:
+        default = "" if key in _FIXES else "leave the line out for the defaults, or "
+        return f"{key} is empty; {default}give {allowed}"
+    if path == ("adapter", "name"):
+        allowed += ", or adapter: null to train every weight"
     guess = get_close_matches(given, words(schema), n=1, cutoff=0.6) if isinstance(given, str) else []
     return f"{key} is {_show(given)}; allowed: {allowed}" + (
         f".   Did you mean {guess[0]} ?" if guess else ""
@@ -100,17 +119,47 @@ def _schema(path: KeyPath, values: dict[str, Any]) -> dict[str, Any]:
             return {"enum": list(menu)}
         properties = properties_at(parent, _name(parent, values))
         if last in properties:
-            found: dict[str, Any] = properties[last]
-            return found
+            return _below(properties[last], path[end:])
     return {}
 
 
+def _below(schema: dict[str, Any], rest: KeyPath) -> dict[str, Any]:
+    """Schema of an item of a list or a mapping with free keys."""
+    if not rest:
+        return schema
+    for kind in [schema, *schema.get("anyOf", [])]:
+        for items in ("items", "additionalProperties"):
+            if isinstance(kind.get(items), dict):
+                inner: dict[str, Any] = kind[items]
+                return {"anyOf": [{"x-allowed": "a path or hub id"}, inner]} if "$ref" in inner else inner
+        if "prefixItems" in kind:
+            return dict(kind["prefixItems"][0])
+    return schema
+
+
+def _other_limit(path: KeyPath, given: Any) -> str:
+    """`budget: 10 epochs` is not a duration, but budget.epochs=10 is what was meant."""
+    if path != ("budget", "time") or not isinstance(given, str):
+        return ""
+    amount, _, unit = given.partition(" ")
+    if unit in ("epochs", "steps", "tokens") or unit + "s" in ("epochs", "steps", "tokens"):
+        return f".   Did you mean budget.{unit.rstrip('s')}s={amount} ?"
+    for key, kind in (("cost", Money), ("energy", Joules)):
+        if kind.read(given):
+            return f'.   Did you mean budget.{key}="{given}" ?'
+    return ""
+
+
 def _unknown(path: KeyPath, values: dict[str, Any]) -> str:
-    """An unknown key, with what was probably meant: another tool's name, a key elsewhere, or a near spelling."""
+    """An unknown key, with what was probably meant: another tool's name, a key elsewhere, a near spelling."""
     key, section, leaf = dotted(path), path[:-1], str(path[-1])
     name = _name(section, values)
     if name is not None and (owners := _owners(str(section[0]), leaf)):
-        return f"{key} is not a key of {name}; {_either(owners, 'and')} {'has' if len(owners) == 1 else 'have'} it."
+        verb = "has" if len(owners) == 1 else "have"
+        return f"{key} is not a key of {name}; {_either(owners, 'and')} {verb} it."
+    if not section and leaf in dotted_keys():
+        outer, _, inner = leaf.partition(".")
+        return f"{key} with a dot is for the command line.   Write {outer}: {{{inner}: ...}}"
     mine = list(properties_at(section, name))
     if near := get_close_matches(leaf, mine, n=1, cutoff=0.8):
         return f"{key} is not a key.   Did you mean {dotted((*section, near[0]))} ?"

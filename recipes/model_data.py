@@ -98,7 +98,9 @@ class DataConfig(Section):
         description="Sources to train on: a path or hub id, a mapping, or a list of these (a mixture).",
     )
     eval: Annotated[float, Field(gt=0, lt=1)] | Annotated[list[Source], Field(min_length=1)] = Field(
-        default=0.02, description="Held-out rows: a share of the training rows, or sources of their own."
+        default=0.02,
+        json_schema_extra={"x-allowed": "a share such as 0.02, a path or hub id, or a list of sources"},
+        description="Held-out rows: a share of the training rows, or sources of their own.",
     )
     eval_rows: int | None = Field(
         default=None,

@@ -292,4 +292,6 @@ class Every:
                 return cls(share=float(share[1]) / 100)
         elif seconds := Seconds.read(text):
             return cls(seconds=Seconds(seconds, text))
-        raise ValueError(f"{_show(given)} is not {cls.allowed}")
+        share_like = isinstance(given, float) and 0 < given < 1
+        guess = f".   Did you mean {given * 100:.12g}% ?" if share_like else ""
+        raise ValueError(f"{_show(given)} is not {cls.allowed}{guess}")

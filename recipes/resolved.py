@@ -15,9 +15,9 @@ from .yaml_text import KeyPath, flow
 class Resolved:
     """What a run is asked to do, and who asked.
 
-    `origins` maps each leaf of the recipe, such as `optimizer.learning_rate`, to `recipe.yaml:14`, `command line`,
-    `environment WANDB_PROJECT` or `default`. `source` is the path or the preset, `text` what is in it. `notes` are
-    lines to show once, such as an old name that was understood.
+    `origins` maps each leaf of the recipe, such as `optimizer.learning_rate`, to `recipe.yaml:14`,
+    `command line`, `environment WANDB_PROJECT` or `default`. `source` is the path or the preset, `text` its
+    text. `notes` are lines to show once, such as an old name that was understood.
     """
 
     recipe: Recipe

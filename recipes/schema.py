@@ -3,10 +3,14 @@
 `None` in a key that accepts `auto` means that the plan decides it.
 """
 
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from pydantic import Field, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import WithDefaultSchema
 
 from .checks import problems
 from .choices import AdamW, LoraAdapter, ObjectiveConfig, OptimizerConfig, RexSchedule, ScheduleConfig
@@ -14,6 +18,21 @@ from .model_data import DataConfig, ModelConfig
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
 from .section import Section
 from .short_forms import SHORT_FORMS, expand_recipe
+
+
+class _Defaults(GenerateJsonSchema):
+    """Writes defaults as a recipe would: amounts as text, and `auto` where the plan decides."""
+
+    def encode_default(self, dft: Any) -> Any:
+        """The text of an amount; all else as pydantic does it."""
+        return dft.text if hasattr(dft, "text") else super().encode_default(dft)
+
+    def default_schema(self, schema: WithDefaultSchema) -> dict[str, Any]:
+        """`auto` for null where null means it."""
+        made = super().default_schema(schema)
+        if "default" in made and made["default"] is None and {"const": "auto"} in made.get("anyOf", []):
+            made["default"] = "auto"
+        return made
 
 
 class Recipe(Section):
@@ -64,9 +83,15 @@ class Recipe(Section):
         return self
 
 
+@cache
+def plain_schema() -> dict[str, Any]:
+    """The JSON schema of the spelled-out form. Not to be changed by the caller."""
+    return Recipe.model_json_schema(mode="validation", schema_generator=_Defaults)
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe file, short forms included, for editors and other tools."""
-    schema = Recipe.model_json_schema(mode="validation")
+    schema = deepcopy(plain_schema())
     for section in SHORT_FORMS:
         declared = schema["properties"][section]
         kinds = {"anyOf": [{"type": "string"}]}

@@ -44,9 +44,7 @@ def is_short(section: str, given: Any) -> bool:
 
 def expand_section(section: str, given: Any) -> Any:
     """Spell out one section; values that are neither short nor a mapping come back as they are."""
-    if section in SHORT_FORMS and (
-        isinstance(given, str) or (section in ("data", "track") and isinstance(given, list))
-    ):
+    if is_short(section, given):
         given = {SHORT_FORMS[section]: given}
     if not isinstance(given, dict):
         return given

@@ -170,6 +170,8 @@ class _Builder:
         self.document.lines.setdefault(path, line)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, line)
+        if node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+            raise self._bad_tag(node.tag, line)
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -229,7 +231,10 @@ class _Builder:
             raise UserError(
                 f"{self.shown}:{line}  {text[:60]!r} does not have the type its tag says."
             ) from None
-        raise UserError(
+        raise self._bad_tag(tag, line)
+
+    def _bad_tag(self, tag: str, line: int) -> UserError:
+        return UserError(
             f"{self.shown}:{line}  the tag {tag} is not allowed; a recipe has plain values only.   Remove it"
         )
 

@@ -1,4 +1,4 @@
-"""Recipes that ship with the package, by hardware. Their head comments say what they are for and what they need."""
+"""Recipes that ship with the package; their head comments say what they are for and what they need."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +11,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Preset:
-    """One preset: `hardware` and `purpose` are the lines `# hardware:` and `# purpose:` at the head of its file."""
+    """One preset, with the lines `# purpose:` and `# hardware:` at the head of its file."""
 
     name: str
     purpose: str
@@ -38,7 +38,7 @@ def list_presets() -> list[Preset]:
 
 
 def copy_preset(name: str, destination: str | Path | None = None, *, overwrite: bool = False) -> Path:
-    """Copy a preset to `destination` (a file, or an existing folder; NAME.yaml here if None) and return the file.
+    """Copy a preset to `destination` (a file or a folder that exists; here if None) and return the file.
 
     UserError if there is no such preset, the file exists already, or it cannot be written.
     """

@@ -19,6 +19,7 @@ earlier: peers spend their first step at rate zero, we our last.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,9 +35,9 @@ from .permit import StepPermit
 from .refusals import already_spent, no_step_fits
 from .warmup import NO_WARMUP, Warmup
 
-SAFETY = 0.003
+SAFETY = 0.002
 """Share of the deadline kept free for noise in the last step, the last save and the export."""
-LAST_STEP_DOUBT = 0.15
+LAST_STEP_DOUBT = 0.25
 """The next step must fit with this much to spare, or this one is taken for the last and lands at x = 1."""
 _WHOLE = 1e-9
 
@@ -211,11 +212,13 @@ class Clock:
         return max(0.0, min(left)) if left else None
 
     def _pending(self, steps: float, end: float) -> float:
-        """Seconds of the events that fall due in the next `steps` steps, before `end` on the axis of
-        `seconds`.
-        """
+        """Seconds of the events due in the next `steps` steps, before `end`; after the last one is no event."""
+        between = max(0, math.floor(steps) - 1)
         until = self.steps + math.floor(steps)
-        return sum(c.count(until, 1.0, end) * self._event_seconds(c) for c in self._cadences)
+        return sum(
+            min(cadence.count(until, 1.0, end), between) * self._event_seconds(cadence)
+            for cadence in self._cadences
+        )
 
     def _event_seconds(self, cadence: Cadence) -> float:
         return sum(self.durations.expected(kind) for kind in cadence.kinds)
@@ -356,9 +359,14 @@ class Clock:
             return 1.0
         left = room
         if following:
+            # Events take from the room, and how many there will be depends on how many steps fit beside them.
             end = now + step + room
-            fewest = max(0.0, room - self._pending(1 + room / following, end)) / following
-            left = max(0.0, room - self._pending(1 + fewest, end) - following)
+            fits = bisect.bisect_right(
+                range(math.ceil(room / following)),
+                room,
+                key=lambda more: (1 + more) * following + self._pending(2 + more, end),
+            )
+            left = max(0.0, room - self._pending(1 + fits, end) - following)
         done = self.step_time.trained_seconds(self.tokens, self.steps) + step
         return done / (done + left) if done else 0.0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..recipes.errors import ShoestringError, UserError
@@ -67,3 +69,16 @@ def explain(error: Exception, folder: Path, step: int, *, needed: int) -> Shoest
             "then give the same command again: it resumes from the newest whole checkpoint."
         )
     return None
+
+
+@contextmanager
+def housekeeping(folder: Path, failure: str) -> Iterator[None]:
+    """Tell an OSError of the work around the checkpoints: no data are at stake, only names and space."""
+    try:
+        yield
+    except OSError as error:
+        kind = UserError if error.errno in _FULL | _FORBIDDEN else ShoestringError
+        raise kind(
+            f"{folder}: {failure}: {error.strerror or error}.\n"
+            "All checkpoints there are as they were: the same command resumes from the newest."
+        ) from error

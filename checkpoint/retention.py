@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..recipes.errors import UserError
 from .aside import aside, remove
-from .errors import BrokenCheckpoint
+from .errors import BrokenCheckpoint, housekeeping
 from .files import sync_directory
 from .manifest import read_manifest
 from .reading import Checkpoint, candidates, step_of, verify
@@ -36,7 +36,7 @@ def prune(folder: Path, *, keep: int, protect: Collection[str] = ()) -> list[Pat
         if whole < keep:
             whole += _is(path, verify)
         elif path.name not in spared and _is(path, read_manifest):
-            with aside(folder) as private:
+            with housekeeping(folder, f"{path.name} cannot be deleted"), aside(folder) as private:
                 remove(private, path)
             deleted.append(path)
     return deleted
@@ -53,7 +53,7 @@ def set_best(folder: Path, checkpoint: Checkpoint | Path) -> None:
         raise UserError(
             f"{link}: is not the link that shoestring keeps there.  Move it away, or set another output_dir."
         )
-    with aside(folder) as private:
+    with housekeeping(folder, f"{BEST} cannot be set to {path.name}"), aside(folder) as private:
         os.symlink(path.name, private / BEST)
         os.replace(private / BEST, link)
         sync_directory(folder)

@@ -106,6 +106,8 @@ def _part(name: str, suffix: str) -> str:
 
 
 def _make(folder: Path) -> None:
+    if folder.is_dir():
+        return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

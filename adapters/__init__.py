@@ -1,1 +1,16 @@
-"""placeholder"""
+"""Adapters of the LoRA family through PEFT: attach, count, save, load, merge."""
+
+from .lora import attach, lora_config, targeted_modules, trainable_parameters
+from .merge import compare_logits, merge_in_place
+from .storage import load_adapter_state, save_adapter
+
+__all__ = [
+    "attach",
+    "compare_logits",
+    "load_adapter_state",
+    "lora_config",
+    "merge_in_place",
+    "save_adapter",
+    "targeted_modules",
+    "trainable_parameters",
+]

@@ -1,0 +1,108 @@
+"""From an adapted model back to a plain one, and how close two models' logits are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .starts import lora_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Largest mean divergence (nats) and smallest share of equal top tokens after one rounding of the merged
+# weights.
+_TOLERANCE = {torch.float32: (1e-6, 0.999), torch.bfloat16: (2e-3, 0.97), torch.float16: (2e-4, 0.99)}
+
+
+@torch.no_grad()
+def merge_in_place(model: Any) -> PreTrainedModel:
+    """The adapter added into the weights, and the plain transformers model that was inside.
+
+    Each layer is merged in float32 and rounded once to its own type. A 4-bit base is dequantised first (to
+    the type it computed in, so the merge starts from what the adapter saw) and stays so: rounding back to 4
+    bits would lose the update. PiSSA and its like are safe: their changed base and the adapter add up to the
+    trained model.
+
+    Raises:
+        ValueError: merged weights are not finite.
+    """
+    if not hasattr(model, "peft_config"):
+        plain: PreTrainedModel = model
+        return plain
+    from peft.tuners.lora import Linear
+
+    inner = model.get_base_model()
+    dtype = _compute_dtype(inner)
+    if getattr(inner, "is_quantized", False):
+        _dequantise(inner, dtype)
+    for _, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        stored = base.weight.dtype
+        base.weight.data = base.weight.data.float()
+        # after dequantising, PEFT's 4-bit layer holds an ordinary linear one: merge it as such
+        merge = (
+            Linear.merge
+            if hasattr(layer, "lora_A") and type(layer).__name__ == "Linear4bit"
+            else type(layer).merge
+        )
+        merge(layer, safe_merge=True)
+        base.weight.data = base.weight.data.to(stored)
+    merged: PreTrainedModel = model.merge_and_unload()
+    for parameter in merged.parameters():  # modules_to_save were trained in float32
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(True)
+    return merged
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """The type of the frozen weights that are not quantised."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None:
+        dtype: torch.dtype = quantization.bnb_4bit_compute_dtype
+        return dtype
+    from collections import Counter
+
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _dequantise(model: Any, dtype: torch.dtype) -> None:
+    """bitsandbytes' layers become plain ones, and nothing says any more that the model was quantised."""
+    from transformers.utils import logging
+
+    logging_untyped: Any = logging
+    level = logging_untyped.get_verbosity()
+    logging_untyped.set_verbosity_error()  # it warns of the type that is asked for here
+    try:
+        model.dequantize(dtype=dtype)
+    finally:
+        logging_untyped.set_verbosity(level)
+
+
+def compare_logits(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None
+) -> dict[str, float | bool]:
+    """How far logits `b` are from `a`, both [..., vocabulary].
+
+    Returns max_abs, mean_kl (nats, of softmax(a) from softmax(b)), top1_agreement, the tolerances for `dtype`
+    (the type of the merged weights; default: of `a`), and `within`: mean_kl and top1_agreement both inside
+    theirs.
+    """
+    kl_limit, agreement_limit = _TOLERANCE[dtype or a.dtype]
+    first, second = (value.float().reshape(-1, value.shape[-1]) for value in (a, b))
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    mean_kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    agreement = float((first.argmax(-1) == second.argmax(-1)).float().mean())
+    return {
+        "max_abs": float((first - second).abs().max()),
+        "mean_kl": mean_kl,
+        "top1_agreement": agreement,
+        "mean_kl_tolerance": kl_limit,
+        "top1_tolerance": agreement_limit,
+        "within": mean_kl <= kl_limit and agreement >= agreement_limit,
+    }

@@ -186,7 +186,8 @@ def _name(section: KeyPath, values: dict[str, Any]) -> str | None:
     if len(section) != 1 or section[0] not in ("objective", "adapter", "optimizer", "schedule"):
         return None
     chosen = values.get(str(section[0]))
-    return chosen.get("name") if isinstance(chosen, dict) else None
+    name = chosen.get("name") if isinstance(chosen, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _at(path: KeyPath, values: Any) -> Any:

@@ -2,7 +2,8 @@
 once.
 
 A folder is written beside its place and renamed into it, so that a reader sees all of it or none. Its index
-holds the size and checksum of every file; a folder that does not match it is thrown away and built again."""
+holds the size and checksum of every file; a folder that does not match it is thrown away and built again.
+"""
 
 import json
 import os

@@ -1,5 +1,6 @@
 """Rows -> the tensors of one micro-batch, with only the positions that the loss looks at listed as
-targets."""
+targets.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,7 +58,8 @@ def collate(rows: TokenRows, indices: Sequence[int], *, packed: bool) -> Batch:
     """Build one micro-batch.
 
     No indices (a process without rows in a step that has fewer rows than processes) give one token without a
-    target, so that every process runs the model equally often: its loss is an empty sum."""
+    target, so that every process runs the model equally often: its loss is an empty sum.
+    """
     if not indices:
         return _one_token(rows, packed)
     parts = [rows.row(index) for index in indices]

@@ -18,7 +18,8 @@ from .template import has_template, plain_parts, plain_prompt_ids
 @dataclass(frozen=True)
 class Encoded:
     """One row. `trained[i]`: token i is a target of the loss; the first token has nothing before it and never
-    is."""
+    is.
+    """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
@@ -45,7 +46,8 @@ class RowEncoder:
         self._mask = TemplateMask(tokenizer) if has_template(tokenizer) else None
         self.eos_added = 0
         """Rows to whose last turn the end-of-text token was added because the chat template puts no mark
-        there."""
+        there.
+        """
 
     def encode(self, rows: Sequence[Messages | str]) -> list[Encoded | RowProblem]:
         """Tokens and mask of each row; a problem stands in the place of a row that has none.
@@ -130,7 +132,8 @@ def token_span(encoding: Any, span: Span) -> Span:
     none.
 
     A token across the edge is inside: it cannot be predicted without the characters that are. Characters that
-    belong to no token (spaces that a tokenizer drops) are passed over."""
+    belong to no token (spaces that a tokenizer drops) are passed over.
+    """
     start, end = span
     first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
     if first is None:

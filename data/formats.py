@@ -33,7 +33,8 @@ ROLES = {
 
 KEPT_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 """What a message may carry besides role and content. All but `weight` are for the chat template; a weight of
-0 keeps an assistant turn out of the loss, as in OpenAI's files."""
+0 keeps an assistant turn out of the loss, as in OpenAI's files.
+"""
 
 
 @dataclass(frozen=True)

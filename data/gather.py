@@ -24,7 +24,8 @@ SAMPLE_ROWS = 200
 """So many rows are looked at to find the format."""
 KEPT_CONVERSATIONS = 4096
 """Conversations kept as messages while reading: those with the lowest hashes, from which samples are
-taken."""
+taken.
+"""
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Gathered:
 
     def samples(self, count: int, mask: NDArray[np.bool_] | None) -> tuple[list[Messages], list[str]]:
         """Prompts and the answers that follow, for rows inside the mask, lowest hash first, no content
-        twice."""
+        twice.
+        """
         prompts: list[Messages] = []
         references: list[str] = []
         last = None

@@ -59,7 +59,8 @@ def make_loader(
     """A DataLoader that yields (step number, Step, [Batch, ...]) from step `start` on, in order.
 
     Nothing is random in it: it has a generator of its own, so the global one, which dropout draws from, is
-    the same with any number of workers, and after a resume."""
+    the same with any number of workers, and after a resume.
+    """
     generator = torch.Generator()
     generator.manual_seed(0)
     return DataLoader(

@@ -13,7 +13,8 @@ The layout of the sentinels depends only on the roles, so it is computed once fo
 row costs one rendering. It is proved for every row: literals and contents (as they are, or stripped) must
 reassemble to the rendered text, character by character. Where they do not (a template that drops earlier
 thoughts, moves the system prompt, or renders tool calls), each turn is located by replacing it alone. A row
-where that fails too is refused."""
+where that fails too is refused.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ class TemplateMask:
 
     def _layout(self, roles: tuple[str, ...]) -> _Layout | None:
         """The template's own text around the messages of these roles; None if it treats sentinels unlike
-        contents."""
+        contents.
+        """
         sentinels = [_sentinel(k) for k in range(len(roles))]
         skeleton = [
             {"role": role, "content": sentinel} for role, sentinel in zip(roles, sentinels, strict=True)
@@ -118,12 +120,22 @@ class TemplateMask:
         for k, role in enumerate(roles):
             start += len(literals[k])
             if role == "assistant":
-                prompt = self._prompt(skeleton[:k], text)
-                if prompt is not None and start - len(literals[k]) <= prompt <= start:
-                    before[k] = start - prompt
+                before[k] = self._written_before(skeleton[:k], literals[k])
                 behind[k], ends = self._end_mark(skeleton[: k + 1], sentinels[k], literals[k + 1])
             start += len(sentinels[k])
         return _Layout(literals, before, behind, ends)
+
+    def _written_before(self, skeleton: Messages, literal: str) -> int:
+        """How much of the literal between two contents is not part of the generation prompt.
+
+        Only what follows the last content is compared: what comes earlier may be another text while the turn
+        is the last one (a system prompt that moves into the last question)."""
+        try:
+            prompt = render(self._tokenizer, skeleton, generation_prompt=True)
+        except RowProblem:  # a template may refuse a part of a conversation
+            return 0
+        tail = prompt.rpartition(skeleton[-1]["content"])[2] if skeleton else prompt
+        return len(literal) - len(tail) if literal.startswith(tail) else 0
 
     def _by_turn(self, messages: Messages, text: str) -> Rendered:
         """Locate each turn by rendering the conversation with that turn alone replaced."""
@@ -157,7 +169,7 @@ class TemplateMask:
         """Length of the generation prompt after these messages, if the text starts with it."""
         try:
             prompt = render(self._tokenizer, messages, generation_prompt=True)
-        except RowProblem:  # a template may refuse a part of a conversation, such as one without a user
+        except RowProblem:
             return None
         return len(prompt) if text.startswith(prompt) else None
 

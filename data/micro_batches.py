@@ -1,5 +1,6 @@
 """The rows of one step as micro-batches: bins of rows in sequence, or padded rectangles of rows of like
-length."""
+length.
+"""
 
 import bisect
 import heapq
@@ -21,7 +22,8 @@ def split_rows(
     neither limit there is one micro-batch for each of `multiple`.
 
     Their number is a multiple of `multiple` (the number of processes); none is empty unless there are fewer
-    rows than that, when the last ones are `[]`, which collate turns into one token without a target."""
+    rows than that, when the last ones are `[]`, which collate turns into one token without a target.
+    """
     if not lengths:
         return [[] for _ in range(multiple)]
     order = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))

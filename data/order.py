@@ -11,7 +11,8 @@ one after the other: it may span two epochs, or more when the data is smaller th
 `batch_tokens` an epoch is cut into the number of steps that comes nearest to that many tokens each, at equal
 shares of its tokens: steps never span epochs, and there is no short last one. The rows of a step do not
 depend on the number of processes or on the size of micro-batches, and long rows are as likely in any step as
-in any other: lengths matter only inside a step."""
+in any other: lengths matter only inside a step.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Step:
 
 class Order:
     """Which rows are seen in which step. Steps go on for ever; `steps_per_epoch` says how long an epoch
-    is."""
+    is.
+    """
 
     def __init__(
         self,
@@ -165,7 +167,8 @@ class Order:
 
     def _cuts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """[steps + 1]; equal shares of the tokens, a row belonging to the step that its middle falls in, none
-        empty."""
+        empty.
+        """
         if self._batch_rows is not None:
             return np.zeros(0, np.int64)
         steps = self.steps_per_epoch
@@ -196,7 +199,8 @@ def permutation(count: int, seed: int, stream: int, number: int) -> NDArray[np.i
     """A permutation of range(count), a pure function of three integers.
 
     Sorts by SplitMix64 hashes (Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195): NumPy's own generators
-    may change between its versions, and a resumed run must not."""
+    may change between its versions, and a resumed run must not.
+    """
     key = np.array([seed & (2**64 - 1), stream & (2**64 - 1), number], dtype=np.uint64)
     mixed = np.uint64(0)
     for part in key:

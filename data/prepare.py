@@ -1,5 +1,6 @@
 """From the recipe's data section to tokenised rows: read, normalise, tokenise, mask, split, and keep in a
-cache."""
+cache.
+"""
 
 import json
 import time
@@ -33,7 +34,8 @@ class Prepared:
     """May be empty: without two different rows nothing can be held out."""
     eval_prompts: list[Messages]
     """Held-out conversations up to their last assistant turn, at most 64, in an order that depends on content
-    only."""
+    only.
+    """
     eval_references: list[str]
     """The assistant turn that follows each prompt."""
     report: DataReport

@@ -7,7 +7,8 @@ class RowProblem(Exception):
     """Why one row cannot be used.
 
     `reason` is the same text for all rows with the same problem (they are counted by it, and it completes the
-    sentence "3 of 812 rows ..."); `detail` is about this row alone and may be empty."""
+    sentence "3 of 812 rows ..."); `detail` is about this row alone and may be empty.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -20,7 +21,8 @@ class RawRow(NamedTuple):
 
     where: str
     """`chats.jsonl:4` for text files (the line it starts on), `chats.parquet row 4` for others; both count
-    from 1."""
+    from 1.
+    """
     value: Any
     problem: RowProblem | None = None
 

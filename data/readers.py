@@ -1,7 +1,8 @@
 """Readers: one file of any known kind -> its rows, streamed, each with the place it came from.
 
 A row that cannot be read (a malformed line, bytes that are not UTF-8) is yielded with its problem, so that
-the caller can count it; a file that cannot be read at all raises UserError."""
+the caller can count it; a file that cannot be read at all raises UserError.
+"""
 
 import csv
 import json
@@ -65,7 +66,8 @@ def read_jsonl(path: Path) -> Iterator[RawRow]:
 
 def read_json(path: Path) -> Iterator[RawRow]:
     """A list of rows; or an object with one such list in it; or, as many files of that name are, JSON
-    lines."""
+    lines.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,7 +103,8 @@ def read_json(path: Path) -> Iterator[RawRow]:
 
 def read_csv(path: Path) -> Iterator[RawRow]:
     """A header line, then one row each; the separator is the tab in .tsv, otherwise what the header line
-    shows."""
+    shows.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
     # Undecodable bytes become lone surrogates, so that one bad row does not end the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -115,7 +118,7 @@ def read_csv(path: Path) -> Iterator[RawRow]:
             if header and (not all(header) or len(set(header)) < len(header)):
                 raise UserError(
                     f"{path}:1  the header line has empty or repeated names: "
-                    f"{', '.join(map(repr, header))}.\n  Give each column a name of its own: prompt,completion"
+                    f"{', '.join(map(repr, header))}.\n  Give each column its own name: prompt,completion"
                 )
             line = reader.line_num + 1
             for fields in reader:

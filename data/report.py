@@ -1,5 +1,6 @@
 """What was read, kept and dropped: counted while the rows are prepared, printed by `shoestring check` and a
-run."""
+run.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -119,9 +120,8 @@ class DataReport:
                 f"format {source.format} ({source.why})"
             )
             for reason, dropped in source.dropped.items():
-                lines.append(
-                    f"  {dropped.count:,} of {source.rows_read:,} rows {reason}: {', '.join(dropped.examples[:3])}"
-                )
+                examples = ", ".join(dropped.examples[:3])
+                lines.append(f"  {dropped.count:,} of {source.rows_read:,} rows {reason}: {examples}")
             if source.truncated.count:
                 lines.append(f"  {source.truncated.count:,} rows cut to {self.max_length} tokens")
         lines.append(

@@ -1,7 +1,7 @@
 """The held-out split: by the hash of a row's content, so that duplicates never stand on both sides.
 
-A row's place depends on its own content and the seed, not on its neighbours: rows added later move no others,
-except where a cap on the number of held-out rows or the wish for at least one decides."""
+The order of the hashes depends on content and seed alone, so that rows added later hardly move others.
+"""
 
 import json
 
@@ -23,7 +23,8 @@ def held_out(hashes: NDArray[np.uint64], share: float, at_most: int | None = Non
     is reached.
 
     A content with more copies than there is room left for stays in training. One content at least is held out
-    if there are two different ones. """
+    if there are two different ones.
+    """
     contents, counts = np.unique(hashes, return_counts=True)
     if len(contents) < 2:
         return np.zeros(len(hashes), dtype=np.bool_)

@@ -1,7 +1,8 @@
 """The chat template: messages -> text, in one call, the same for training and for answering.
 
 Without a template there is a plain form for a single question and answer: the prompt as it is, a newline
-unless one of the two brings its own space, the answer, the end-of-text token."""
+unless one of the two brings its own space, the answer, the end-of-text token.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,8 @@ def plain_parts(messages: Messages) -> tuple[str, str]:
 
 def plain_prompt(messages: Messages, answer: str = "") -> str:
     """What stands before the answer: system prompt, blank line, question, newline unless a space is there
-    already."""
+    already.
+    """
     prompt = "\n\n".join(message["content"] for message in messages)
     spaced = prompt[-1:].isspace() or answer[:1].isspace()
     return prompt if spaced else prompt + "\n"
@@ -102,7 +104,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
 
 def plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of plain text at the start of a row: with the special tokens that the tokenizer puts first, none at
-    the end."""
+    the end.
+    """
     ids: list[int] = tokenizer(text)["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]  # the text brought its own

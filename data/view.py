@@ -1,5 +1,6 @@
 """How `shoestring check` shows the data: what each source gave, what was dropped and why, and rows as they
-are trained."""
+are trained.
+"""
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -92,7 +93,8 @@ _PERCENTILE_NAMES = {"0": "shortest", "50": "median", "100": "longest"}
 
 def sample_panel(rows: TokenRows, index: int, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """One row: each run of tokens beside a word that says whether it is trained, readable without colours
-    too."""
+    too.
+    """
     tokens, trained = rows.row(index)
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right", no_wrap=True)

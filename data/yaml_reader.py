@@ -2,7 +2,8 @@
 
 The nodes are read, not the values: a turn written as `yes`, `42` or `1984-01-24` is the text that was
 written, not a bool, a number or a date, and each row knows its line. No tag is ever resolved, so nothing in a
-file can run code."""
+file can run code.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

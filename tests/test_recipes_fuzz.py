@@ -9,8 +9,8 @@ from shoestring.recipes.keys import dotted_keys
 
 VALUES = (
     (
-        "1 0 -1 x null true [] {} [1,a] {a: b} 1e-3 2h 10% auto '' .inf !!int &a *a [[x]] {path: a} '{x}' $20 "
-        "lora é 99999999999999999999999 1e400 2024-01-01 {name: cosine} {name: {a: b}} {<<: {a: 1}}"
+        "1 0 -1 x null true [] {} [1,a] {a: b} 1e-3 2h 10% auto '' .inf !!int &a *a [[x]] {path: a} '{x}' "
+        "$20 lora é 99999999999999999999999 1e400 2024-01-01 {name: cosine} {name: {a: b}} {<<: {a: 1}}"
     )
     .replace(": ", ":~")
     .split()

@@ -212,7 +212,7 @@ class Clock:
         return max(0.0, min(left)) if left else None
 
     def _pending(self, steps: float, end: float) -> float:
-        """Seconds of the events due in the next `steps` steps, before `end`; after the last one is no event."""
+        """Seconds of the events due in the next `steps` steps, before `end`; none after the last."""
         between = max(0, math.floor(steps) - 1)
         until = self.steps + math.floor(steps)
         return sum(

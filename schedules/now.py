@@ -17,5 +17,5 @@ def deadline_now() -> float:
     """
     if _BOOTTIME is None:
         return time.monotonic()
-    # The offset was taken from two clocks read one after the other; the microseconds between them change
-    # nothing. return time.clock_gettime(_BOOTTIME) - _SLEPT_BEFORE
+    # The offset was taken from two clocks, one after the other; the microseconds between change nothing.
+    return time.clock_gettime(_BOOTTIME) - _SLEPT_BEFORE

@@ -1,0 +1,165 @@
+"""What the budget buys: batch, steps, tokens, and where the time goes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, floor, inf
+
+from ..recipes import Recipe
+from ..recipes.errors import BudgetError, in_columns
+from ..schedules.limits import Limits
+from . import defaults
+from .facts import DataFacts
+from .seconds import Fixed, StepTime, Timeline, occasions, overhead
+
+StepOf = Callable[[int], StepTime]
+
+
+@dataclass(frozen=True)
+class Spending:
+    """How the budget is spent. steps and tokens: what fits; evals: measurements between start and end."""
+
+    step: StepTime
+    batch_reason: str
+    timeline: Timeline
+    evals: int
+    saves: int
+    bound_by: str
+
+
+def deadline_of(limits: Limits) -> float:
+    """Seconds that time and cost leave, inf when neither is limited."""
+    return min(limits.seconds or inf, limits.cost_seconds or inf)
+
+
+def token_limit(limits: Limits, data: DataFacts) -> tuple[float, str]:
+    """Tokens that the counted limits other than steps allow, and which one binds."""
+    allowed = {
+        "budget.tokens": float(limits.tokens or inf),
+        "budget.epochs": limits.epochs * data.tokens if limits.epochs else inf,
+    }
+    name = min(allowed, key=lambda key: allowed[key])
+    return allowed[name], name
+
+
+def choose_batch(
+    recipe: Recipe,
+    data: DataFacts,
+    *,
+    tokens: float,
+    steps_limit: int | None,
+    seconds_per_token: float,
+    update_seconds: float,
+    deadline: float,
+    world_size: int,
+    micro_tokens: int,
+    micro_rows: int | None,
+) -> tuple[int, str]:
+    """Tokens of an optimizer step, all processes together, and the reason."""
+    train = recipe.train
+    if train.batch_tokens is not None:
+        return train.batch_tokens, "train.batch_tokens"
+    if micro_rows is not None:
+        accumulation = train.gradient_accumulation_steps or 1
+        rows = min(micro_rows * accumulation * world_size, data.rows)
+        return max(1, round(rows * data.mean_length)), f"{rows} rows, as given by the recipe"
+    if train.gradient_accumulation_steps is not None and tokens == inf and steps_limit is None:
+        return micro_tokens * train.gradient_accumulation_steps * world_size, "accumulation as given"
+
+    if steps_limit is not None:
+        # The tokens are ours to choose: the batch for which the rule and the number of steps agree.
+        tokens = min(tokens, defaults.BATCH_PER_ROOT_TOKEN**2 * steps_limit * steps_limit)
+    batch = defaults.batch_tokens_for(tokens)
+    reason = f"grows as the root of the tokens that the budget buys ({_short(tokens)})"
+    least = update_seconds * (1 / defaults.MAX_OPTIMIZER_SHARE - 1) / seconds_per_token
+    if least > batch:
+        batch = min(ceil(least), defaults.MAX_BATCH_TOKENS)
+        reason = f"so that the optimizer takes at most {defaults.MAX_OPTIMIZER_SHARE:.0%} of a step"
+    most = (defaults.MAX_STEP_SHARE * deadline - update_seconds) / seconds_per_token
+    if batch > most:
+        batch = max(1, floor(most))
+        reason = f"so that a step takes at most {defaults.MAX_STEP_SHARE:.0%} of the time"
+    batch = max(batch, ceil(data.mean_length) * world_size)
+    if batch >= data.tokens:
+        return data.tokens, "the data has no more rows"
+    return _round(batch), reason
+
+
+def spend(
+    recipe: Recipe,
+    data: DataFacts,
+    limits: Limits,
+    fixed: Fixed,
+    *,
+    elapsed: float,
+    batch_for: Callable[[float], tuple[int, str]],
+    step_of: StepOf,
+    seconds_per_token: float,
+) -> Spending:
+    """Divide the budget. `batch_for(tokens)` chooses the batch, `step_of(batch)` times a step of it.
+
+    BudgetError: time or cost does not cover start, one step and landing.
+    """
+    deadline = deadline_of(limits)
+    allowed, bound_by = token_limit(limits, data)
+    evals = saves = 0
+    steps: float = limits.steps or inf
+    spending: Spending | None = None
+    # How often it is evaluated depends on the steps, these on the time that evaluations leave: settle in turns.
+    for _ in range(3):
+        outside = overhead(fixed, elapsed=elapsed, evals=evals, saves=saves)
+        left = deadline - sum(outside.values())
+        affordable = left / seconds_per_token if left > 0 else 0.0
+        batch, reason = batch_for(min(allowed, affordable))
+        step = step_of(batch)
+        if left < step.seconds:
+            if evals + saves == 0:
+                raise too_short(limits, outside, step)
+            evals, saves = evals // 2, saves // 2
+            continue
+        by_time = left / step.seconds
+        by_tokens = max(1.0, allowed / batch)
+        steps = min(by_time, by_tokens, limits.steps or inf)
+        name = "time" if steps == by_time else "budget.steps" if steps == limits.steps else bound_by
+        steps = max(1, floor(steps))
+        parts = {**outside, "training": steps * step.seconds}
+        timeline = Timeline(parts, int(steps), int(min(steps * batch, allowed)))
+        spending = Spending(step, reason, timeline, evals, saves, name)
+        evals = occasions(recipe.eval.every, seconds=timeline.total, steps=steps)
+        saves = occasions(recipe.checkpoint.every, seconds=timeline.total, steps=steps)
+    assert spending is not None
+    return spending
+
+
+def too_short(limits: Limits, outside: dict[str, float], step: StepTime) -> BudgetError:
+    """The refusal of a budget that does not cover start, one step and landing."""
+    needed = sum(outside.values()) + 20 * step.seconds
+    start = outside["start"] + outside["load"] + outside["compile"]
+    rows = []
+    if limits.cost_seconds is not None and limits.cost_seconds <= (limits.seconds or inf):
+        price = limits.price_per_hour or 0.0
+        rows.append(("budget.cost", f"{limits.cost:g} buys {limits.cost_seconds:.0f} s at {price:g}/h"))
+        fix = f"budget.cost={needed / 3600 * price:.2g}"
+    else:
+        rows.append(("budget.time", f"{limits.seconds:.0f} s is too short for this run on this machine"))
+        fix = f"budget.time={ceil(needed / 10) * 10}s"
+    rows.append(
+        (
+            "needs",
+            f"start and load {start:.0f} s, evaluations {outside['evaluations']:.0f}, samples "
+            f"{outside['samples']:.0f}, one step {step.seconds:.1f}, save {outside['saves']:.0f}, export and "
+            f"report {outside['export'] + outside['report']:.0f}",
+        )
+    )
+    rows.append(("give", f"{fix} for 20 steps; or less work: eval.samples=0 eval.rows=50"))
+    return BudgetError(in_columns(rows))
+
+
+def _round(tokens: int) -> int:
+    """To a multiple of 64 above 256, so that the figure reads like a choice and not like a measurement."""
+    return tokens if tokens < 256 else tokens // 64 * 64
+
+
+def _short(tokens: float) -> str:
+    return f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k" if tokens >= 1e3 else f"{tokens:.0f}"

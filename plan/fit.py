@@ -1,0 +1,86 @@
+"""The search for what fits: micro-batch and activation checkpointing within the memory of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import defaults
+from .measurement import Measurement
+from .memory import Footprint, Sizes, footprint
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that one process may use; device is 0 on a CPU. *_source says where the figure comes from."""
+
+    host: int
+    device: int
+    host_source: str
+    device_source: str
+
+    def fits(self, needed: Footprint, margin: float) -> bool:
+        """Whether the prediction stays below both limits with `margin` of them left free."""
+        room = 1.0 - margin
+        host = needed.host_total <= self.host * room
+        return host and (not self.device or needed.device_total <= self.device * room)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a micro-batch. worst_tokens: of the largest micro-batch that can come."""
+
+    micro_tokens: int
+    worst_tokens: int
+    checkpointing: bool
+    footprint: Footprint
+    seconds_per_token: float
+
+
+Measure = Callable[[bool], Measurement]
+
+
+def candidates(
+    *,
+    device: str,
+    layers: int,
+    sizes: Sizes,
+    measure: Measure,
+    micro_tokens: Sequence[int],
+    longest: int,
+    checkpointing: bool,
+    trained_share: float,
+    dense_share: Callable[[int], float],
+    always_whole: bool = False,
+) -> list[Candidate]:
+    """Footprint and speed of each micro-batch size.
+
+    A row longer than the micro-batch is one of its own, so the worst micro-batch has at least `longest`
+    tokens. `always_whole`: the micro-batch is given in rows, its worst is what `micro_tokens` says.
+    """
+    measured = measure(checkpointing)
+    found = []
+    for micro in micro_tokens:
+        worst = micro if always_whole else max(micro, longest)
+        targets = int(worst * dense_share(worst))
+        activations, logits = measured.activation_bytes(layers, worst, targets)
+        needed = footprint(device, sizes, activations, logits)
+        seconds = measured.micro_seconds(layers, micro, micro * trained_share) / micro
+        found.append(Candidate(micro, worst, checkpointing, needed, seconds))
+    return found
+
+
+def choose(found: Sequence[Candidate], limits: Limits) -> Candidate | None:
+    """The quickest that fits with the margin, else the smallest that fits at all, else None.
+
+    A larger micro-batch must be quicker by MICRO_GAIN: it takes memory and makes the last one of a step emptier.
+    """
+    comfortable = [c for c in found if limits.fits(c.footprint, defaults.MEMORY_MARGIN)]
+    if comfortable:
+        best = min(comfortable, key=lambda c: c.micro_tokens)
+        for candidate in sorted(comfortable, key=lambda c: c.micro_tokens):
+            if candidate.seconds_per_token < best.seconds_per_token * (1 - defaults.MICRO_GAIN):
+                best = candidate
+        return best
+    tight = [c for c in found if limits.fits(c.footprint, 0.0)]
+    return min(tight, key=lambda c: c.micro_tokens, default=None)

@@ -1,0 +1,153 @@
+"""Everything about one recipe on one machine that the search for what fits stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+import numpy as np
+import torch
+
+from ..models.facts import ModelFacts
+from ..recipes import Recipe
+from . import defaults
+from .facts import DataFacts
+from .fit import Candidate, candidates, choose
+from .fit import Limits as MemoryLimits
+from .layout import Layout, choose_layout
+from .machine import Machine
+from .measurement import Measurement, Setting
+from .memory import Sizes
+from .precision import Precision, choose_precision
+from .sizes import count_sizes
+from .trained import Trained, find_trained
+
+MeasureCopy = Callable[[Recipe, ModelFacts, torch.device, Setting], Measurement]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What does not change when the recipe does. libraries: bytes resident before the model is loaded."""
+
+    machine: Machine
+    facts: ModelFacts
+    data: DataFacts
+    world_size: int
+    libraries: int
+    limits: MemoryLimits
+    measure: MeasureCopy
+    can_pack: bool
+
+
+class Grounds:
+    """A recipe with its layout, precision, trained tensors, sizes, and measurements made when first needed."""
+
+    def __init__(self, recipe: Recipe, around: Surroundings, max_length: int | None = None) -> None:
+        """`max_length` cuts rows shorter than the recipe and the model do. UserError as in choose_layout."""
+        self.recipe = recipe
+        self.around = around
+        if max_length is not None:
+            recipe = recipe.model_copy(
+                update={"data": recipe.data.model_copy(update={"max_length": max_length})}
+            )
+        self.layout: Layout = choose_layout(
+            recipe, around.data, max_positions=around.facts.max_positions, can_pack=around.can_pack
+        )
+        self.data = around.data.clipped(self.layout.longest)
+        self.device = torch.device(around.machine.device)
+        self._measured: dict[bool, Measurement] = {}
+
+    @cached_property
+    def precision(self) -> Precision:
+        """Types of weights and arithmetic."""
+        return choose_precision(self.recipe, self.device)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """Which tensors are trained."""
+        return find_trained(self.recipe, self.around.facts)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes that do not depend on the batch."""
+        return count_sizes(
+            self.recipe, self.around.facts, self.trained, self.precision, libraries=self.around.libraries
+        )
+
+    def measured(self, checkpointing: bool) -> Measurement:
+        """The measurement with or without activation checkpointing; made once."""
+        if checkpointing not in self._measured:
+            setting = Setting(
+                precision=self.precision,
+                packed=self.layout.packed,
+                checkpointing=checkpointing,
+                tokens=self._lengths_to_measure(),
+                row_length=max(8, round(self.data.typical_length)),
+                trained_share=self.data.trained_share,
+            )
+            self._measured[checkpointing] = self.around.measure(
+                self.recipe, self.around.facts, self.device, setting
+            )
+        return self._measured[checkpointing]
+
+    @property
+    def micro_rows(self) -> int | None:
+        """Rows of a micro-batch where the recipe says so."""
+        return self.recipe.train.per_device_train_batch_size
+
+    def find(self, checkpointing: bool) -> list[Candidate]:
+        """All micro-batch sizes worth a thought, with footprint and speed."""
+        fixed = self.micro_rows is not None
+        return candidates(
+            device=self.around.machine.device,
+            layers=self.around.facts.layers,
+            sizes=self.sizes,
+            measure=self.measured,
+            micro_tokens=[self._worst_of_rows()] if fixed else self._micro_sizes(),
+            longest=self.layout.longest,
+            checkpointing=checkpointing,
+            trained_share=self.data.trained_share,
+            dense_share=self.data.dense_share,
+            always_whole=fixed,
+        )
+
+    def pick(self) -> Candidate | None:
+        """The best micro-batch that fits; with activation checkpointing only if needed or asked for."""
+        wanted = self.recipe.train.activation_checkpointing
+        for checkpointing in (False, True) if wanted is None else (wanted,):
+            chosen = choose(self.find(checkpointing), self.around.limits)
+            if chosen is not None:
+                return chosen
+        return None
+
+    def smallest(self) -> Candidate:
+        """The candidate that needs least, whether it fits or not."""
+        wanted = self.recipe.train.activation_checkpointing
+        found = self.find(True if wanted is None else wanted)
+        return min(found, key=lambda c: c.footprint.device_total or c.footprint.host_total)
+
+    def _worst_of_rows(self) -> int:
+        rows = self.micro_rows or 1
+        if self.layout.packed:
+            return int(np.sort(self.data.lengths)[-rows:].sum())
+        return rows * self.layout.longest
+
+    def _micro_sizes(self) -> list[int]:
+        train = self.recipe.train
+        if train.batch_tokens is not None and train.gradient_accumulation_steps is not None:
+            return [ceil(train.batch_tokens / (train.gradient_accumulation_steps * self.around.world_size))]
+        sizes = defaults.MICRO_TOKENS_CPU if self.device.type == "cpu" else defaults.MICRO_TOKENS_CUDA
+        most = train.batch_tokens or self.data.tokens
+        return [size for size in sizes if size < most] or [max(most, 1)]
+
+    def _lengths_to_measure(self) -> tuple[int, int]:
+        """Two lengths: the longer near the usual micro-batch, both bounded by what a moment can compute."""
+        facts = self.around.facts
+        per_layer = (facts.parameters - facts.embedding_parameters) / facts.layers
+        # Three layers in all (a copy of one and one of two), four passes over them, 6 operations a weight.
+        affordable = defaults.MEASURE_SECONDS * 0.4 * self.around.machine.matmul_flops / (6 * 3 * 4 * per_layer)
+        wanted = defaults.MEASURE_TOKENS_CPU if self.device.type == "cpu" else defaults.MEASURE_TOKENS_CUDA
+        longer = int(min(wanted, max(128, affordable))) // 64 * 64
+        return longer // 3, longer

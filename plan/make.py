@@ -1,0 +1,268 @@
+"""`make_plan`: from recipe, machine, model facts and data facts to a Plan, or to a refusal with the numbers."""
+
+from __future__ import annotations
+
+
+from ..models.attention import supports_packing
+from ..models.facts import ModelFacts
+from ..recipes import Recipe
+from ..schedules.limits import Limits
+from . import defaults
+from .alternatives import refuse
+from .budget import Spending, choose_batch, deadline_of, spend, token_limit
+from .evaluations import EvalRows, choose_eval_rows
+from .facts import DataFacts
+from .fit import Candidate
+from .fit import Limits as MemoryLimits
+from .grounds import Grounds, MeasureCopy, Surroundings
+from .machine import Machine
+from .plan import Plan
+from .reasons import explain
+from .refusal import disk_too_small
+from .seconds import Fixed, StepTime, fixed_seconds, optimizer_seconds, step_time
+from .sizes import resident_bytes
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    facts: ModelFacts,
+    data: DataFacts,
+    *,
+    world_size: int,
+    elapsed: float = 0.0,
+    measure: MeasureCopy | None = None,
+    libraries: int | None = None,
+    can_pack: bool | None = None,
+) -> Plan:
+    """Decide everything that can be decided before a step is made.
+
+    elapsed: seconds since the process started. measure, libraries and can_pack replace the short measurement,
+    the resident bytes before the model is loaded, and the trial of packing (tests give them).
+
+    Raises:
+        BudgetError: it fits no memory, disk or time budget; with the parts and the cheapest changes.
+        UserError: no rows, or packing asked for where it is impossible.
+    """
+    if measure is None:
+        from .measure import measure as measure_copy
+
+        measure = measure_copy
+    libraries = resident_bytes() if libraries is None else libraries
+    around = Surroundings(
+        machine=machine,
+        facts=facts,
+        data=data,
+        world_size=world_size,
+        libraries=libraries,
+        limits=memory_limits(recipe, machine, world_size=world_size, libraries=libraries),
+        measure=measure,
+        can_pack=supports_packing(facts) if can_pack is None else can_pack,
+    )
+    grounds, chosen = _fit_memory(recipe, around)
+    limits = Limits.from_recipe(recipe.budget)
+    limits.check(energy_measured=machine.watts_source is not None)
+    return _fill(recipe, grounds, chosen, limits, elapsed)
+
+
+def memory_limits(recipe: Recipe, machine: Machine, *, world_size: int, libraries: int) -> MemoryLimits:
+    """Bytes that one process may use: the recipe's limit where it is below what is free.
+
+    What this process holds already counts as free, for it is part of the prediction.
+    """
+
+    def limit(given: int | None, free: int, key: str) -> tuple[int, str]:
+        return (int(given), f"budget.{key}") if given is not None and given < free else (free, "free now")
+
+    host, host_source = limit(recipe.budget.host_memory, machine.host_bytes + libraries, "host_memory")
+    device, device_source = limit(recipe.budget.device_memory, machine.device_bytes, "device_memory")
+    return MemoryLimits(host // world_size, device, host_source, device_source)
+
+
+def _fit_memory(recipe: Recipe, around: Surroundings) -> tuple[Grounds, Candidate]:
+    """What fits, with rows cut as a last resort where data.max_length is automatic."""
+    grounds = Grounds(recipe, around)
+    chosen = grounds.pick()
+    if chosen is not None:
+        return grounds, chosen
+    if recipe.data.max_length is None:
+        length = grounds.layout.longest // 2
+        while length >= defaults.DEFAULT_MAX_LENGTH:
+            shorter = Grounds(recipe, around, max_length=length)
+            chosen = shorter.pick()
+            if chosen is not None:
+                return shorter, chosen
+            length //= 2
+    raise refuse(grounds)
+
+
+def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, elapsed: float) -> Plan:
+    around, data, sizes = grounds.around, grounds.data, grounds.sizes
+    machine, facts, world_size = around.machine, around.facts, around.world_size
+    measured = grounds.measured(chosen.checkpointing)
+    rates = machine.rates
+    update = optimizer_seconds(sizes, rates)
+    per_token = chosen.seconds_per_token / world_size
+    share = data.trained_share
+
+    def step_of(batch: int) -> StepTime:
+        return step_time(
+            measured,
+            facts.layers,
+            micro_tokens=chosen.micro_tokens,
+            batch_tokens=batch,
+            world_size=world_size,
+            trained_share=share,
+            update_seconds=update,
+        )
+
+    def batch_for(tokens: float) -> tuple[int, str]:
+        return choose_batch(
+            recipe,
+            data,
+            tokens=tokens,
+            steps_limit=limits.steps,
+            seconds_per_token=per_token,
+            update_seconds=update,
+            deadline=deadline_of(limits),
+            world_size=world_size,
+            micro_tokens=chosen.micro_tokens,
+            micro_rows=grounds.micro_rows,
+        )
+
+    micro = chosen.micro_tokens
+    eval_token = measured.eval_seconds(facts.layers, micro, micro * share) / micro / world_size
+    expected = _expected_seconds(limits, data, per_token, batch_for)
+    rows = choose_eval_rows(recipe, data, expected_seconds=expected, seconds_per_token=eval_token)
+    fixed = fixed_seconds(
+        sizes=sizes,
+        rates=rates,
+        layers=facts.layers,
+        eval_seconds=rows.ends_seconds,
+        eval_between_seconds=rows.between_seconds,
+        samples=recipe.eval.samples,
+        max_new_tokens=recipe.eval.max_new_tokens,
+        compiled=recipe.train.torch_compile,
+    )
+    spending = spend(
+        recipe,
+        data,
+        limits,
+        fixed,
+        elapsed=elapsed,
+        batch_for=batch_for,
+        step_of=step_of,
+        seconds_per_token=per_token,
+    )
+    return _write(recipe, grounds, chosen, limits, rows, fixed, spending, update)
+
+
+def _expected_seconds(limits: Limits, data: DataFacts, per_token: float, batch_for: object) -> float:
+    """Rough length of the run, before evaluations are known: what they are a share of."""
+    tokens, _ = token_limit(limits, data)
+    counted = tokens * per_token
+    if limits.steps is not None and callable(batch_for):
+        batch, _ = batch_for(tokens)
+        counted = min(counted, limits.steps * batch * per_token)
+    return min(deadline_of(limits), counted)
+
+
+def _write(
+    recipe: Recipe,
+    grounds: Grounds,
+    chosen: Candidate,
+    limits: Limits,
+    rows: EvalRows,
+    fixed: Fixed,
+    spending: Spending,
+    update: float,
+) -> Plan:
+    around, data, sizes = grounds.around, grounds.data, grounds.sizes
+    machine, facts = around.machine, around.facts
+    step = spending.step
+    micro_rows = grounds.micro_rows
+    micro_tokens = chosen.micro_tokens
+    if micro_rows is None:
+        # A step's tokens vary a little around the batch: room for that, so that no sliver of it is left over.
+        micro_tokens = min(micro_tokens, -(-int(1.3 * step.tokens / around.world_size) // 64) * 64)
+    rate = recipe.optimizer.learning_rate
+    if rate is None:
+        rate = defaults.learning_rate_for(
+            adapter=recipe.adapter is not None,
+            optimizer=recipe.optimizer.name,
+            parameters=facts.parameters,
+            batch_tokens=step.tokens,
+            steps=spending.timeline.steps,
+        )
+    checkpoint = 2 * sizes.gradients + sizes.optimizer
+    final = sizes.merged + sizes.adapter
+    kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
+    _check_disk(recipe, machine, checkpoint=checkpoint, kept=kept, final=final)
+    finish = spending.timeline.total
+    price = limits.price_per_hour
+    memory = {
+        "device": dict(chosen.footprint.device),
+        "host": dict(chosen.footprint.host),
+    }
+    for parts in memory.values():
+        if parts:
+            parts["total"] = sum(parts.values())
+    return Plan(
+        model=facts.source,
+        device=machine.device,
+        machine=machine.name,
+        world_size=around.world_size,
+        parameters=facts.parameters + grounds.trained.added_parameters,
+        trained_parameters=grounds.trained.parameters,
+        optimizer_bytes=sizes.optimizer,
+        dtype=grounds.precision.weights,
+        autocast=grounds.precision.autocast,
+        packed=grounds.layout.packed,
+        max_length=grounds.layout.max_length,
+        longest_row=int(data.longest),
+        micro_tokens=micro_tokens,
+        micro_rows=micro_rows,
+        batch_tokens=step.tokens,
+        batch_rows=_batch_rows(recipe, data, around.world_size),
+        accumulation=step.accumulation,
+        activation_checkpointing=chosen.checkpointing,
+        learning_rate=rate,
+        eval_rows=rows.ends,
+        eval_rows_between=rows.between,
+        steps=spending.timeline.steps,
+        tokens_in_budget=spending.timeline.tokens,
+        epochs=spending.timeline.tokens / max(1, data.tokens),
+        step_seconds=step.seconds,
+        tokens_per_second=step.tokens_per_second,
+        seconds_per_token=1 / step.tokens_per_second,
+        update_seconds=update,
+        finish_seconds=finish,
+        timeline=spending.timeline.parts,
+        reserve_guess=fixed.reserve_guess(),
+        bound_by=spending.bound_by,
+        cost=None if price is None else finish / 3600 * price,
+        currency=None if recipe.budget.price is None else recipe.budget.price.currency,
+        disk_bytes=(spending.saves + 1) * checkpoint + final,
+        memory=memory,
+        memory_limits={"host": around.limits.host, "device": around.limits.device},
+        phases=chosen.footprint.phases,
+        reasons=explain(recipe, grounds, chosen, spending, rows),
+    )
+
+
+def _batch_rows(recipe: Recipe, data: DataFacts, world_size: int) -> int | None:
+    rows = recipe.train.per_device_train_batch_size
+    if rows is None:
+        return None
+    return min(rows * (recipe.train.gradient_accumulation_steps or 1) * world_size, data.rows)
+
+
+def _check_disk(recipe: Recipe, machine: Machine, *, checkpoint: int, kept: int, final: int) -> None:
+    free = min(int(recipe.budget.disk or machine.disk_bytes), machine.disk_bytes)
+    needed = kept * checkpoint + final
+    if needed > free:
+        raise disk_too_small(
+            needed, free, checkpoint=checkpoint, kept=kept, final=final, folder=machine.output_dir
+        )
+
+

@@ -1,0 +1,60 @@
+"""What the short measurement on a shallow copy of the model found, as lines over layers and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .curves import Line, Plane
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the copies run. tokens: the two lengths measured; row_length: of the rows that fill them."""
+
+    precision: Precision
+    packed: bool
+    checkpointing: bool
+    tokens: tuple[int, int]
+    row_length: int
+    trained_share: float
+    repeats: int = 2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes and seconds of one micro-batch of T tokens, N of them trained, through L decoder layers.
+
+    saved, peak: bytes kept for the backward pass, and the most alive at once in forward and backward.
+    seconds, forward_seconds: both passes, and forward alone as in evaluation.
+    head_*: the output head with its loss, over N; its weight's gradient is in head_peak where it is trained.
+    tokens: the two lengths that were measured.
+    """
+
+    saved: Plane
+    peak: Plane
+    seconds: Plane
+    forward_seconds: Plane
+    head_peak: Line
+    head_seconds: Line
+    head_forward_seconds: Line
+    tokens: tuple[int, int]
+
+    def micro_seconds(self, layers: int, tokens: float, targets: float) -> float:
+        """Forward and backward of one micro-batch."""
+        return self.seconds.at(layers, tokens) + self.head_seconds.at(targets)
+
+    def eval_seconds(self, layers: int, tokens: float, targets: float) -> float:
+        """Forward of one micro-batch without gradients."""
+        return self.forward_seconds.at(layers, tokens) + self.head_forward_seconds.at(targets)
+
+    def activation_bytes(self, layers: int, tokens: int, targets: int) -> tuple[int, int]:
+        """(activations, logits): the worse of the moment in the head and the moment in the last layer.
+
+        In the head all layers' activations are kept and the head's own buffers come on top; in the last
+        layer's backward pass its temporaries do. Both moments are near the end of the forward pass.
+        """
+        saved = self.saved.at(layers, tokens)
+        head = self.head_peak.at(targets)
+        activations = max(saved, self.peak.at(layers, tokens) - head)
+        return int(activations), int(head)

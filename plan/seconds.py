@@ -1,0 +1,138 @@
+"""Where the time of a run goes: pure arithmetic over measured rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from ..recipes.quantities import Every
+from . import defaults
+from .measurement import Measurement
+from .memory import Sizes
+from .rates import Rates
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step of `tokens` tokens (all processes), made of `accumulation` micro-batches."""
+
+    seconds: float
+    accumulation: int
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Throughput of all processes together."""
+        return self.tokens / self.seconds
+
+
+def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
+    """Clip and step read and write gradient, weight and state about twice: bound by memory bandwidth."""
+    trained = sizes.gradients
+    return (2 * trained + 2 * trained + 2 * sizes.optimizer) / (2 * rates.copy) + 1e-3
+
+
+def step_time(
+    measured: Measurement,
+    layers: int,
+    *,
+    micro_tokens: int,
+    batch_tokens: int,
+    world_size: int,
+    trained_share: float,
+    update_seconds: float,
+) -> StepTime:
+    """Time of a step; micro-batches of a step are taken as equally full."""
+    accumulation = max(1, ceil(batch_tokens / (micro_tokens * world_size)))
+    tokens = batch_tokens / (accumulation * world_size)
+    micro = measured.micro_seconds(layers, tokens, tokens * trained_share)
+    return StepTime(accumulation * micro + update_seconds, accumulation, batch_tokens)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Seconds of everything that is no training step, once each, before a better figure is measured."""
+
+    load: float
+    compile: float
+    eval: float  # one evaluation at the start or the end
+    eval_between: float
+    samples: float  # one round of sample answers
+    save: float
+    export: float
+    report: float
+
+    def reserve_guess(self) -> dict[str, float]:
+        """First guesses for the Clock of what must still happen after the last step."""
+        return {
+            "eval": self.eval,
+            "samples": self.samples,
+            "save": self.save,
+            "export": self.export,
+            "report": self.report,
+        }
+
+
+def fixed_seconds(
+    *,
+    sizes: Sizes,
+    rates: Rates,
+    layers: int,
+    eval_seconds: float,
+    eval_between_seconds: float,
+    samples: int,
+    max_new_tokens: int,
+    compiled: bool,
+) -> Fixed:
+    """First guesses; the Clock replaces each by what it measures."""
+    saved = 2 * sizes.gradients + sizes.optimizer
+    token = layers * defaults.DECODE_SECONDS_PER_LAYER + sizes.weights / (2 * rates.copy)
+    written = sizes.merged or sizes.adapter
+    return Fixed(
+        load=defaults.LOAD_SECONDS + sizes.unquantised / defaults.LOAD_BYTES_PER_SECOND,
+        compile=defaults.COMPILE_SECONDS if compiled else 0.0,
+        eval=eval_seconds,
+        eval_between=eval_between_seconds,
+        samples=max_new_tokens * token if samples else 0.0,
+        save=defaults.SAVE_SECONDS + saved / rates.disk_write,
+        export=defaults.EXPORT_SECONDS + written / rates.disk_write,
+        report=defaults.REPORT_SECONDS,
+    )
+
+
+def occasions(every: Every, *, seconds: float, steps: float) -> int:
+    """How often something that is due `every` so often happens strictly between the start and the end."""
+    if every.steps is not None:
+        return max(0, ceil(steps / every.steps) - 1)
+    if every.share is not None:
+        return max(0, ceil(1 / every.share - 1e-9) - 1)
+    assert every.seconds is not None
+    return max(0, ceil(seconds / every.seconds) - 1)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Predicted seconds by kind, from process start to the last file."""
+
+    parts: dict[str, float]
+    steps: int
+    tokens: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole run."""
+        return sum(self.parts.values())
+
+
+def overhead(fixed: Fixed, *, elapsed: float, evals: int, saves: int) -> dict[str, float]:
+    """All seconds outside training steps: both ends are evaluated and sampled, the end is saved."""
+    return {
+        "start": elapsed,
+        "load": fixed.load,
+        "compile": fixed.compile,
+        "evaluations": evals * fixed.eval_between + 2 * fixed.eval,
+        "samples": 2 * fixed.samples,
+        "saves": (saves + 1) * fixed.save,
+        "export": fixed.export,
+        "report": fixed.report,
+    }

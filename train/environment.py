@@ -31,7 +31,8 @@ VARIABLES = (
 )  # fmt: skip
 
 SECRET_NAME = re.compile(
-    r"(api_?key|access_?key|private_?key|auth|secret|password|passwd|credentials?|token)$", re.IGNORECASE
+    r"(api[_-]?key|access[_-]?key|private[_-]?key|auth|secret|password|passwd|credentials?|token)$",
+    re.IGNORECASE,
 )
 # A tokenizer's special tokens are words, not credentials.
 PUBLIC_NAME = re.compile(r"(^|[._-])(bos|eos|pad|unk|sep|cls|mask|image|end_of_turn)_token$", re.IGNORECASE)

@@ -117,7 +117,7 @@ class Screen:
         if self.plain:
             self._print(f"{self._status} ...")
         else:
-            self._show()
+            self._show(at_once=True)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A step is done. Uses of `record`: progress, step, loss, learning_rate, tokens_per_second,
@@ -202,11 +202,11 @@ class Screen:
         for line in lines:
             self.console.print(Text(line), soft_wrap=True)
 
-    def _show(self) -> None:
+    def _show(self, at_once: bool = False) -> None:
         if self._live is None:
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
-        self._live.update(self._bar())
+        self._live.update(self._bar(), refresh=at_once)
 
     def _bar(self) -> Any:
         if not self._record:

@@ -13,6 +13,7 @@ import io
 import json
 import netrc
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from .environment import redact
 
 INSTALL = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 TRACKERS = tuple(INSTALL)
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the default server, before and after its move
 
 
 class Tracker(Protocol):
@@ -150,9 +152,10 @@ class WandbTracker:
         state: Mapping[str, Any] | None,
         warn: Callable[[str], None],
     ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # settings come too late for what the login prints
         import wandb
 
-        identity = (state or {}).get("id") or os.environ.get("WANDB_RUN_ID") or wandb.util.generate_id()
+        identity = (state or {}).get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         mode = wandb_mode()
 
         def begin(mode: str) -> Any:
@@ -166,7 +169,7 @@ class WandbTracker:
                 dir=os.environ.get("WANDB_DIR") or str(folder),
                 config=dict(config),
                 mode=mode,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=15),
             )
 
         try:
@@ -177,6 +180,7 @@ class WandbTracker:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warn(f"W&B cannot be reached ({first}); logging offline")
             mode = "offline"
+            wandb.teardown()  # its service still holds the id of the run that did not start
             self._run = begin(mode)
         # Our own step as the axis: W&B's would refuse the steps that are made again after a resume.
         self._run.define_metric("step")
@@ -210,11 +214,13 @@ def wandb_mode() -> str:
         return {"dryrun": "offline", "run": "online"}.get(told, told)
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    told = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
+    hosts = (told,) if told else WANDB_HOSTS
     candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     for candidate in filter(None, candidates):
         try:
-            if netrc.netrc(Path(candidate).expanduser()).authenticators(host):
+            keys = netrc.netrc(Path(candidate).expanduser())
+            if any(keys.authenticators(host) for host in hosts):
                 return "online"
         except (OSError, netrc.NetrcParseError):
             continue  # no such file, or not readable: no key there
@@ -289,7 +295,9 @@ class TrackioTracker:
         if figures:
             self._run.log(figures)
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            import trackio
+
+            trackio.finish()  # not the run's own: this one also takes it off trackio's list for the exit
 
     def state(self) -> dict[str, Any]:
         """The run's name, which is trackio's identity."""

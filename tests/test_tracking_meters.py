@@ -1,0 +1,117 @@
+"""Memory and energy meters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from shoestring.train.meters import Energy, Memory, RaplCounter, cgroup_memory, find_energy, high_water_mark
+
+BIG = 200_000_000
+
+
+def test_a_peak_is_seen_even_between_two_readings() -> None:
+    memory = Memory()
+    memory.reset_peak()
+    before = memory.host_bytes()
+    block = np.ones(BIG, dtype=np.uint8)
+    during = memory.host_bytes()
+    del block
+    assert during - before > 0.9 * BIG
+    assert memory.host_bytes() < during - 0.5 * BIG
+    assert memory.peak_host_bytes >= during
+
+
+def test_a_reset_begins_a_new_peak() -> None:
+    block = np.ones(BIG, dtype=np.uint8)
+    del block
+    memory = Memory()
+    high = high_water_mark()
+    assert high is not None
+    if memory.reset_peak():  # the kernel allows it
+        assert memory.peak_host_bytes < high - 0.5 * BIG
+    else:
+        assert memory.peak_host_bytes >= high
+
+
+def test_workers_count() -> None:
+    memory = Memory()
+    before = memory.peak_host_bytes
+    program = f"import sys; x = bytearray(b'x') * {BIG}; print('ready', flush=True); sys.stdin.read()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert memory.peak_host_bytes - before > 0.9 * BIG
+    finally:
+        child.communicate()
+
+
+def test_no_gpu_no_figure() -> None:
+    memory = Memory(torch.device("cpu"))
+    assert memory.device_bytes() is None
+    assert memory.peak_device_bytes is None
+    assert set(memory.now()) == {"host_bytes", "device_bytes", "watts"}
+    assert memory.now()["watts"] is None
+
+
+def cgroup(root: Path, used: str, limit: str) -> Path:
+    root.mkdir(parents=True)
+    names = (
+        ("memory.usage_in_bytes", "memory.limit_in_bytes")
+        if root.name == "memory"
+        else ("memory.current", "memory.max")
+    )
+    for name, text in zip(names, (used, limit), strict=True):
+        (root / name).write_text(text + "\n")
+    return root
+
+
+def test_the_containers_limit(tmp_path: Path) -> None:
+    assert cgroup_memory(cgroup(tmp_path / "two", "1000", "5000")) == (1000, 5000)
+    assert cgroup_memory(cgroup(tmp_path / "unlimited", "1000", "max")) is None
+    assert cgroup_memory(cgroup(tmp_path / "one" / "memory", "10", "50").parent) == (10, 50)
+    assert cgroup_memory(cgroup(tmp_path / "one-free" / "memory", "10", "9223372036854771712").parent) is None
+    assert cgroup_memory(tmp_path / "nothing") is None
+
+
+def rapl(root: Path, microjoules: int) -> Path:
+    zone = root / "intel-rapl:0"
+    zone.mkdir(parents=True, exist_ok=True)
+    (zone / "name").write_text("package-0\n")
+    (zone / "max_energy_range_uj").write_text("1000000000\n")
+    (zone / "energy_uj").write_text(f"{microjoules}\n")
+    return zone
+
+
+def test_energy_of_a_cpu_package_over_a_wrap(tmp_path: Path) -> None:
+    rapl(tmp_path, 900_000_000)
+    energy = find_energy(torch.device("cpu"), powercap=tmp_path)
+    assert energy.source == "CPU package-0 (RAPL)"
+    rapl(tmp_path, 990_000_000)
+    assert energy.joules() == 90.0
+    rapl(tmp_path, 40_000_000)
+    assert energy.joules() == 140.0
+
+
+def test_power_is_energy_over_time(tmp_path: Path, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("shoestring.train.meters.time.monotonic", lambda: now[0])
+    energy = Energy([RaplCounter(rapl(tmp_path, 0))])
+    rapl(tmp_path, 300_000_000)
+    now[0] += 2.0
+    assert energy.watts() == 150.0
+    now[0] += 0.05
+    assert energy.watts() == 150.0  # too soon for a new figure
+
+
+def test_nothing_to_read_is_null(tmp_path: Path) -> None:
+    energy = find_energy(torch.device("cpu"), powercap=tmp_path)
+    assert energy.source is None
+    assert energy.joules() is None
+    assert energy.watts() is None

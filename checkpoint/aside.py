@@ -52,6 +52,7 @@ def publish(private: Path, new: Path, final: Path) -> None:
     At no moment, and after no crash, are both the old and the new one lost: see `sweep`.
     """
     if os.path.lexists(final):
+        sync_directory(final.parent)  # the name of `private`, or what moves into it could be lost with it
         os.rename(final, private / f"{_REPLACED}{final.name}")
         sync_directory(private)
     os.rename(new, final)

@@ -88,7 +88,7 @@ def load_optimizer_state(
                 optimizer.state[parameter] = state
             else:
                 optimizer.state.pop(parameter, None)
-        group.update(_decode(saved["options"], lambda leaf, _: tensors[leaf["tensor"]]))
+        group.update(_decode(saved["options"], _option_placer(group, tensors)))
 
 
 def _check_members(index: int, saved: list[str], here: list[str]) -> None:
@@ -140,6 +140,19 @@ def _placer(
             return buffer.copy_(tensor)
         device = parameter.device if leaf["follows"] else torch.device("cpu")
         return placed.setdefault((leaf["tensor"], device), tensor.to(device))
+
+    return place
+
+
+def _option_placer(
+    group: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Callable[[Mapping[str, Any], str], Tensor]:
+    """A rate kept as a tensor goes to the device of the one it replaces."""
+
+    def place(leaf: Mapping[str, Any], key: str) -> Tensor:
+        here = group.get(key)
+        tensor = tensors[leaf["tensor"]]
+        return tensor.to(here.device) if isinstance(here, Tensor) else tensor
 
     return place
 

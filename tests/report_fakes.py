@@ -81,6 +81,7 @@ def write_run(folder: Path, fake: Fake) -> RunDir:
                     "logits": 201_326_592, "other": 642_000_000, "total": 1_892_201_408,
                 },
             },
+            "memory_limits": {"host": 24_600_000_000},
             "reasons": {
                 "packed": "samples of 58 tokens on average would leave 71 % of padded batches empty",
                 "activation_checkpointing": "off: 1.9 GB of 24.6 GB are needed without it",

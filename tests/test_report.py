@@ -76,7 +76,8 @@ def test_one_run_has_everything(folder: Path) -> None:
     for words in (
         "cpu-demo", "done, time budget used", "3.412 → 2.041", "-40 %", "709 k", "in 180 steps", "4.97 k/s",
         "1.98 GB", "predicted 1.89 GB", "4.88 M of 135 M parameters trained (3.6 %)", "AMD EPYC",
-        "activations 731 MB", "1.98 GB (+5 %)", "load 9.1 s", "train 2 min", "709 k of 900 k",
+        "activations 731 MB", "host memory, 24.6 GB available", "1.98 GB (+5 %)",
+        "load 9.1 s", "train 2 min", "709 k of 900 k",
         "What is the capital of France?", "Why did the robot cross the road?", "(no text)",
         "3 of 812 rows have no assistant turn", "would leave 71 % of padded batches empty",
         "learning_rate: 0.001 # cpu-demo.yaml:13", "shoestring train cpu-demo budget=3min", "2.13.0",

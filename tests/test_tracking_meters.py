@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from shoestring.train.meters import Energy, Memory, RaplCounter, cgroup_memory, find_energy, high_water_mark
+from shoestring.train.meters import Memory, Power, cgroup_memory, gpu_uuids, high_water_mark
 
 BIG = 200_000_000
 
@@ -80,38 +81,18 @@ def test_the_containers_limit(tmp_path: Path) -> None:
     assert cgroup_memory(tmp_path / "nothing") is None
 
 
-def rapl(root: Path, microjoules: int) -> Path:
-    zone = root / "intel-rapl:0"
-    zone.mkdir(parents=True, exist_ok=True)
-    (zone / "name").write_text("package-0\n")
-    (zone / "max_energy_range_uj").write_text("1000000000\n")
-    (zone / "energy_uj").write_text(f"{microjoules}\n")
-    return zone
-
-
-def test_energy_of_a_cpu_package_over_a_wrap(tmp_path: Path) -> None:
-    rapl(tmp_path, 900_000_000)
-    energy = find_energy(torch.device("cpu"), powercap=tmp_path)
-    assert energy.source == "CPU package-0 (RAPL)"
-    rapl(tmp_path, 990_000_000)
-    assert energy.joules() == 90.0
-    rapl(tmp_path, 40_000_000)
-    assert energy.joules() == 140.0
-
-
-def test_power_is_energy_over_time(tmp_path: Path, monkeypatch) -> None:
-    now = [100.0]
+def test_power_is_energy_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, used = [100.0], [7.0]
     monkeypatch.setattr("shoestring.train.meters.time.monotonic", lambda: now[0])
-    energy = Energy([RaplCounter(rapl(tmp_path, 0))])
-    rapl(tmp_path, 300_000_000)
-    now[0] += 2.0
-    assert energy.watts() == 150.0
+    power = Power(lambda: used[0])
+    assert power.watts() is None
+    now[0], used[0] = 102.0, 307.0
+    assert power.watts() == 150.0
     now[0] += 0.05
-    assert energy.watts() == 150.0  # too soon for a new figure
+    assert power.watts() == 150.0  # too soon for a new figure
+    assert Memory(joules=lambda: used[0]).now()["watts"] is None  # nothing between its start and now
 
 
-def test_nothing_to_read_is_null(tmp_path: Path) -> None:
-    energy = find_energy(torch.device("cpu"), powercap=tmp_path)
-    assert energy.source is None
-    assert energy.joules() is None
-    assert energy.watts() is None
+def test_without_a_counter_there_is_no_power() -> None:
+    assert Power(lambda: None).watts() is None
+    assert gpu_uuids(torch.device("cpu")) == []

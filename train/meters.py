@@ -1,25 +1,15 @@
-"""Meters: memory of this process and its workers, memory of the GPU, and energy where a counter is there."""
+"""Meters: memory of this process and its workers, memory of the GPU, and power from an energy meter."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 import psutil
 import torch
-
-
-class Counter(Protocol):
-    """An energy counter: joules since some fixed moment."""
-
-    name: str
-
-    def joules(self) -> float:
-        """The counter's reading."""
-        ...
 
 
 class Memory:
@@ -28,19 +18,22 @@ class Memory:
     Host: resident memory of this process (the kernel's own high-water mark, so that no peak is missed)
     and the private memory of its children (sampled, at most once a second). Device: what torch's allocator
     has reserved, which is what other processes cannot have. `device` None or a CPU leaves the device None.
+    `joules` is the run's energy meter, for the watts.
     """
 
-    def __init__(self, device: torch.device | None = None, energy: Energy | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, joules: Callable[[], float | None] | None = None
+    ) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
         self._process = psutil.Process()
         self._peak_seen = 0
         self._children = 0
         self._children_read = -math.inf
-        self._energy = energy
+        self._power = None if joules is None else Power(joules)
 
     def now(self) -> dict[str, float | int | None]:
         """host_bytes, device_bytes and watts of this moment; None where there is nothing to measure."""
-        watts = None if self._energy is None else self._energy.watts()
+        watts = None if self._power is None else self._power.watts()
         return {"host_bytes": self.host_bytes(), "device_bytes": self.device_bytes(), "watts": watts}
 
     def host_bytes(self) -> int:
@@ -139,98 +132,32 @@ def _own_cgroups() -> dict[str, str]:
     return found
 
 
-class Energy:
-    """Energy and power of the parts of this machine that have a counter; the sum over them.
+class Power:
+    """Mean power between readings of an energy meter."""
 
-    `source` names them, or is None when there is nothing to read: then every figure is None.
-    """
-
-    def __init__(self, counters: list[Counter]) -> None:
-        self._counters = counters
-        self._begin = sum(counter.joules() for counter in counters)
-        self._last = (time.monotonic(), self._begin)
+    def __init__(self, joules: Callable[[], float | None]) -> None:
+        self._joules = joules
+        self._last = (time.monotonic(), joules())
         self._watts: float | None = None
 
-    @property
-    def source(self) -> str | None:
-        """What is counted, for example "GPU 0 (NVML) + CPU package 0 (RAPL)"."""
-        return " + ".join(counter.name for counter in self._counters) or None
-
-    def joules(self) -> float | None:
-        """Energy since this object was made."""
-        if not self._counters:
-            return None
-        return sum(counter.joules() for counter in self._counters) - self._begin
-
     def watts(self) -> float | None:
-        """Mean power since the reading before. Counters move in steps of 0.1 s, so not more often."""
-        if not self._counters:
-            return None
-        now, total = time.monotonic(), sum(counter.joules() for counter in self._counters)
-        if now - self._last[0] >= 0.2:
-            self._watts = (total - self._last[1]) / (now - self._last[0])
+        """Mean power since the reading before; None without a counter.
+
+        Counters move in steps of about 0.1 s, so a reading that comes too soon repeats the last figure.
+        """
+        now, total = time.monotonic(), self._joules()
+        began, before = self._last
+        if total is not None and before is not None and now - began >= 0.2:
+            self._watts = (total - before) / (now - began)
             self._last = (now, total)
         return self._watts
 
 
-def find_energy(device: torch.device | None = None, powercap: Path = Path("/sys/class/powercap")) -> Energy:
-    """Every counter that can be read here: the GPU of `device` through NVML, CPU packages through RAPL."""
-    counters: list[Counter] = []
-    if device is not None and device.type == "cuda":
-        gpu = _nvml_counter(device)
-        counters += [gpu] if gpu else []
-    for zone in sorted(powercap.glob("intel-rapl:[0-9]")):  # packages; their sub-zones are parts of them
-        try:
-            counters.append(RaplCounter(zone))
-        except OSError:
-            continue  # not readable for this user
-    return Energy(counters)
+def gpu_uuids(device: torch.device) -> list[str]:
+    """NVML's name of the GPU that torch calls `device`; empty on a CPU.
 
-
-class RaplCounter:
-    """A CPU package's energy counter under /sys/class/powercap (Intel and AMD); it wraps around."""
-
-    def __init__(self, zone: Path) -> None:
-        self._file = zone / "energy_uj"
-        self._range = int((zone / "max_energy_range_uj").read_text())
-        self.name = f"CPU {(zone / 'name').read_text().strip()} (RAPL)"
-        self._last = int(self._file.read_text())
-        self._total = 0
-
-    def joules(self) -> float:
-        """Joules since this object was made. A wrap is seen only if read before the next (minutes)."""
-        value = int(self._file.read_text())
-        self._total += (value - self._last) % self._range if value < self._last else value - self._last
-        self._last = value
-        return self._total / 1e6
-
-
-class NvmlCounter:
-    """A GPU's own energy counter (Volta and later), in millijoules since the driver was loaded."""
-
-    def __init__(self, handle: Any, name: str) -> None:
-        self._handle = handle
-        self.name = f"{name} (NVML)"
-        self.joules()
-
-    def joules(self) -> float:
-        """The counter's reading."""
-        import pynvml
-
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
-
-
-def _nvml_counter(device: torch.device) -> NvmlCounter | None:
-    """None when NVML, the GPU or its counter is missing (old GPUs, MIG slices)."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        properties = torch.cuda.get_device_properties(device)
-        # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, but not NVML's.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        return NvmlCounter(handle, f"GPU {properties.name}")
-    except (ImportError, AttributeError):
-        return None
-    except pynvml.NVMLError:
-        return None
+    By UUID, since CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
+    """
+    if device.type != "cuda":
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(device).uuid}"]

@@ -1,8 +1,9 @@
 """Charts as inline SVG and HTML, by hand.
 
 Why not a plotting library: importing one and drawing eight charts costs about a second of the budget each
-time, freezes the colors of one theme and writes text that shrinks on a phone. Here the SVG holds only lines (stretched to its
-box, strokes of constant width); labels are HTML at percent positions, so they keep their size.
+time, freezes the colors of one theme and writes text that shrinks on a phone. Here the SVG holds only lines
+(stretched to its box, strokes of constant width); labels are HTML at percent positions, so they keep their
+size.
 """
 
 from __future__ import annotations

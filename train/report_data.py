@@ -16,7 +16,7 @@ from .tracking import read_jsonl
 
 MOST_METRICS = 4000  # more records than pixels only cost time
 BUDGETS = ("time", "cost", "energy", "tokens", "steps", "epochs")
-KINDS = ("load", "train", "eval", "samples", "save", "export", "report", "other")
+KINDS = ("load", "data", "train", "eval", "samples", "save", "export", "report", "other")
 
 
 @dataclass
@@ -147,6 +147,11 @@ class RunData:
             for name, size in parts.items()
             if name not in ("total", "limit", "available") and isinstance(size, int | float) and size > 0
         }
+
+    def memory_limit(self, tier: str) -> float | None:
+        """Bytes of a tier that the plan could use."""
+        limit = (self.plan.get("memory_limits") or {}).get(tier)
+        return float(limit) if isinstance(limit, int | float) and limit > 0 else None
 
     @cached_property
     def time_by_kind(self) -> dict[str, float]:

@@ -152,7 +152,9 @@ def memory(runs: Sequence[RunData]) -> Html:
                 off = f" ({100 * (peak - predicted) / predicted:+.0f} %)" if predicted else ""
                 bar = plain_bar(peak / whole, "--c:var(--soft)")
                 rows += [el("span", "measured peak"), bar, el("b", bytes_text(peak) + off)]
+            limit = run.memory_limit(tier)
             title = f"{tier} memory" + (f", {run.name}" if len(runs) > 1 else "")
+            title += f", {bytes_text(limit)} available" if limit else ""
             keys = legend(parts, bytes_text) if parts else Html()
             panels.append(el("div", el("h3", title), el("div", *rows, cls="rows"), keys, cls="panel"))
     return section("Memory by part", panels)

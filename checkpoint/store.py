@@ -44,7 +44,7 @@ def save(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     json: Mapping[str, Any],
-    copy: Callable[[Path], None] | None = None,
+    copy: Callable[[Path], object] | None = None,
     copy_bytes: int = 0,
 ) -> Path:
     """Write folder/checkpoint-<step> and return its path once it is on the disk.

@@ -2,6 +2,7 @@
 
 from .cadence import Cadence
 from .clock import Clock
+from .energy import Counter, energy_counters
 from .limits import Limits
 from .now import deadline_now
 from .permit import StepPermit
@@ -11,10 +12,12 @@ from .warmup import Warmup
 __all__ = [
     "Cadence",
     "Clock",
+    "Counter",
     "Limits",
     "Schedule",
     "StepPermit",
     "Warmup",
     "build_schedule",
     "deadline_now",
+    "energy_counters",
 ]

@@ -298,6 +298,10 @@ class Clock:
             self.stop_reason = permit.stop_reason
         return permit
 
+    def stop(self, reason: str) -> None:
+        """End the run here for a reason that is no limit (a signal, early stopping): the landing begins."""
+        self.stop_reason = self.stop_reason or reason
+
     def finish_step(self, seconds: float, tokens: int, epochs: float | None = None) -> None:
         """Count the step that was permitted.
 

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
-
 from shoestring.checkpoint import load_optimizer_state, optimizer_state
 from shoestring.optimizers import (
     build_optimizer,
@@ -17,6 +15,7 @@ from shoestring.optimizers import (
 )
 from shoestring.recipes import AdamW, AdamW8bit, Lion8bit, PagedAdamW8bit
 from shoestring.recipes.errors import UserError
+from torch import nn
 
 ALL = [AdamW(), AdamW8bit(), PagedAdamW8bit(), Lion8bit()]
 

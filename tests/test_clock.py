@@ -1,0 +1,606 @@
+"""The Clock: limits, reserve, progress, events, state, refusals; with a clock that the test turns."""
+
+import json
+import pickle
+import time
+
+import pytest
+from shoestring.recipes import BudgetError, Every, UserError
+from shoestring.recipes.running import BudgetConfig
+from shoestring.schedules import Clock, Limits, Warmup, deadline_now
+
+
+class Hand:
+    """A clock that only moves when told to."""
+
+    def __init__(self, at=0.0):
+        self.at = at
+
+    def __call__(self):
+        return self.at
+
+
+def make(limits, hand=None, **options):
+    hand = hand or Hand()
+    return Clock(limits, started=0.0, now=hand, **options), hand
+
+
+def step(clock, hand, seconds, tokens=100, epochs=0.0):
+    permit = clock.plan_step(tokens, epochs)
+    if permit.go:
+        hand.at += seconds
+        clock.finish_step(seconds, tokens)
+    return permit
+
+
+def spend(clock, hand, kind, seconds):
+    with clock.spent(kind):
+        hand.at += seconds
+
+
+def run(clock, hand, seconds=1.0, tokens=100, epochs_per_step=0.0):
+    count = 0
+    while step(clock, hand, seconds, tokens, (count + 1) * epochs_per_step).go:
+        count += 1
+    return count
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "reason"),
+    [
+        (Limits(steps=7), 7, "steps"),
+        (Limits(tokens=750), 7, "tokens"),
+        (Limits(epochs=0.7), 7, "epochs"),
+        (Limits(seconds=7.05), 7, "time"),
+        (Limits(cost=7.05 / 3600 * 2.5, price_per_hour=2.5), 7, "cost"),
+        (Limits(steps=7, tokens=10_000, epochs=3.0, seconds=100.0), 7, "steps"),
+        (Limits(steps=100, tokens=750, epochs=3.0, seconds=100.0), 7, "tokens"),
+        (Limits(steps=100, tokens=10_000, epochs=0.7, seconds=100.0), 7, "epochs"),
+        (Limits(steps=100, tokens=10_000, epochs=3.0, seconds=7.05), 7, "time"),
+        (Limits(seconds=100.0, cost=0.005, price_per_hour=2.5), 7, "cost"),
+    ],
+)
+def test_the_first_limit_to_run_out_ends_the_run_at_progress_one(limits, steps, reason):
+    clock, hand = make(limits)
+    assert run(clock, hand, epochs_per_step=0.1) == steps
+    assert clock.stop_reason == reason
+    assert clock.progress == 1.0
+
+
+def test_energy_is_a_limit_where_it_is_measured():
+    hand = Hand()
+    clock = Clock(Limits(joules=2000.0), started=0.0, now=hand, joules=lambda: 100.0 * hand.at)
+    assert run(clock, hand) == 19
+    assert clock.stop_reason == "energy"
+    assert clock.joules == pytest.approx(1900.0)
+
+
+def test_the_energy_of_the_reserve_is_kept():
+    hand = Hand()
+    clock = Clock(
+        Limits(joules=2000.0),
+        started=0.0,
+        now=hand,
+        joules=lambda: 100.0 * hand.at,
+        reserve_guess={"save": 5},
+    )
+    run(clock, hand)
+    hand.at += 5
+    assert 1800.0 <= clock.joules <= 2000.0
+
+
+def test_a_token_budget_is_never_exceeded_and_its_last_step_lands():
+    clock, _ = make(Limits(tokens=1000))
+    sizes = [300, 300, 250, 200]
+    permits = []
+    for size, following in zip(sizes, [*sizes[1:], 300], strict=True):
+        permits.append(clock.plan_step(size, next_tokens=following))
+        if permits[-1].go:
+            clock.finish_step(1.0, size)
+    assert [p.progress for p in permits] == [0.3, 0.6, 1.0, 1.0]
+    assert [p.go for p in permits] == [True, True, True, False]
+    assert clock.tokens == 850
+
+
+def test_used_states_each_limit_given_and_used():
+    clock, hand = make(Limits(seconds=100.0, price_per_hour=3.6, steps=50))
+    step(clock, hand, 2.0, epochs=0.25)
+    assert clock.used() == {
+        "time": {"given": 100.0, "used": 2.0},
+        "cost": {"given": None, "used": pytest.approx(0.002)},
+        "energy": {"given": None, "used": None},
+        "tokens": {"given": None, "used": 100},
+        "steps": {"given": 50, "used": 1},
+        "epochs": {"given": None, "used": 0.25},
+    }
+
+
+def test_limits_come_from_the_recipe_as_plain_numbers():
+    budget = BudgetConfig.model_validate(
+        {
+            "time": "1h30m",
+            "cost": "20 USD",
+            "price": "2.5 USD/h",
+            "energy": "1 Wh",
+            "tokens": "2M",
+            "epochs": 1.5,
+        }
+    )
+    limits = Limits.from_recipe(budget)
+    assert limits == Limits(
+        seconds=5400.0, cost=20.0, price_per_hour=2.5, joules=3600.0, tokens=2_000_000, steps=None, epochs=1.5
+    )
+    assert type(limits.seconds) is float
+    assert type(limits.tokens) is int
+    assert limits.cost_seconds == pytest.approx(8 * 3600)
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        (
+            Limits(price_per_hour=1.0),
+            "budget  nothing limits this run; give one of time, cost, energy, tokens, steps, epochs"
+            "   e.g. budget.time=2h",
+        ),
+        (
+            Limits(cost=3.0),
+            "budget.cost  cannot be measured without what the machine costs an hour"
+            '   Give it: budget.price="2.49 USD/h"',
+        ),
+        (
+            Limits(joules=3.0),
+            "budget.energy  cannot be measured on this machine: no NVIDIA energy counter and no readable "
+            "/sys/class/powercap counter   Use budget.time instead, or see: shoestring doctor",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(limits, text):
+    with pytest.raises(UserError) as caught:
+        make(limits)
+    assert str(caught.value) == text
+
+
+# Refusals
+
+
+def test_a_budget_that_holds_no_step_is_refused_with_its_parts():
+    clock, hand = make(
+        Limits(seconds=180.0),
+        reserve_guess={"eval": 8.0, "save": 2.0},
+        seconds_per_token_guess=0.04,
+    )
+    spend(clock, hand, "load", 140.0)
+    spend(clock, hand, "data", 28.0)
+    with pytest.raises(BudgetError) as caught:
+        clock.plan_step(100)
+    assert str(caught.value).splitlines() == [
+        "budget.time  given 180 s: no step can be made and landed in it",
+        "             168 s are gone before the first step (load 140 s, data 28 s); a step takes about 4.0 s",
+        "             10 s are kept for what follows the last one (eval 8 s, save 2 s)",
+        "             Give about budget.time=260s or more",
+    ]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 20.0])
+def test_a_budget_that_is_over_before_the_first_step_is_refused(seconds):
+    clock, hand = make(Limits(seconds=seconds))
+    hand.at = 20.0
+    with pytest.raises(BudgetError, match=r"20 s are gone before the first step \(start of the process\)"):
+        clock.plan_step(100)
+
+
+def test_a_budget_of_money_is_proposed_as_money():
+    clock, hand = make(Limits(cost=0.1, price_per_hour=3.6))
+    spend(clock, hand, "load", 200.0)
+    with pytest.raises(BudgetError) as caught:
+        clock.plan_step(100)
+    assert "budget.cost  given 0.1 at 3.6 an hour" in str(caught.value)
+    assert "Give about 0.3 or more" in str(caught.value)
+
+
+def test_a_token_budget_below_one_step_is_refused():
+    clock, _ = make(Limits(tokens=50))
+    with pytest.raises(BudgetError) as caught:
+        clock.plan_step(100)
+    assert str(caught.value).splitlines() == [
+        "budget.tokens  given 50, but the first step alone has 100 tokens",
+        "               Give more, e.g. budget.tokens=2000, or a smaller train.batch_tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "lines"),
+    [
+        (
+            Limits(seconds=5.0),
+            [
+                "budget.time  given 5 s, but this run has already used 10 s",
+                "             Give more than that to go on, or start again with --fresh",
+            ],
+        ),
+        (
+            Limits(steps=9),
+            [
+                "budget.steps  given 9, but this run has already used 10",
+                "              Give more than that to go on, or start again with --fresh",
+            ],
+        ),
+    ],
+)
+def test_resuming_with_less_than_was_used_is_refused(limits, lines):
+    clock, hand = make(Limits(steps=10))
+    run(clock, hand)
+    with pytest.raises(BudgetError) as caught:
+        make(limits)[0].load_state_dict(clock.state_dict())
+    assert str(caught.value).splitlines() == lines
+
+
+# Time
+
+
+def test_time_runs_from_the_start_of_the_process_and_never_backwards():
+    hand = Hand(1000.0)
+    clock = Clock(Limits(seconds=100.0), started=970.0, now=hand)
+    assert clock.seconds == 30.0
+    hand.at = 990.0
+    assert clock.seconds == 30.0
+    assert clock.remaining_seconds() == 70.0
+    hand.at = 2000.0
+    assert clock.remaining_seconds() == 0.0
+
+
+def test_a_suspended_process_has_used_its_time():
+    clock, hand = make(Limits(seconds=100.0))
+    for _ in range(5):
+        step(clock, hand, 1.0)
+    permit = clock.plan_step(100)
+    hand.at += 94.5
+    clock.finish_step(1.0, 100)
+    assert permit.go
+    assert not clock.plan_step(100).go
+    assert clock.stop_reason == "time"
+
+
+def test_the_deadline_axis_is_that_of_the_monotonic_clock():
+    assert deadline_now() == pytest.approx(time.monotonic(), abs=0.05)
+    readings = [deadline_now() for _ in range(1000)]
+    assert readings == sorted(readings)
+
+
+def test_spent_is_counted_by_kind_without_what_is_inside():
+    clock, hand = make(Limits(seconds=100.0))
+    with clock.spent("eval"):
+        hand.at += 3.0
+        spend(clock, hand, "samples", 2.0)
+        hand.at += 1.0
+    assert clock.durations.totals == {"eval": 4.0, "samples": 2.0}
+
+
+def test_what_ends_in_an_error_is_counted_but_not_learned():
+    clock, hand = make(Limits(seconds=100.0), reserve_guess={"save": 10.0})
+    reserve = clock.reserve
+
+    def broken_save():
+        with clock.spent("save"):
+            hand.at += 1.0
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        broken_save()
+    assert clock.durations.totals == {"save": 1.0}
+    assert clock.reserve == reserve
+
+
+def test_the_reserve_follows_what_was_measured():
+    clock, hand = make(Limits(seconds=1000.0), reserve_guess={"eval": 10.0, "save": 2.0, "export": 5.0})
+    assert clock.reserve == pytest.approx(17.0, rel=0.06)
+    spend(clock, hand, "eval", 30.0)
+    assert clock.reserve == pytest.approx(37.0, rel=0.06)
+    spend(clock, hand, "eval", 20.0)
+    assert clock.reserve == pytest.approx(37.0, rel=0.06)
+    spend(clock, hand, "eval", 20.0)
+    assert clock.reserve == pytest.approx(27.0, rel=0.06)
+    spend(clock, hand, "load", 50.0)
+    assert clock.reserve == pytest.approx(27.0, rel=0.06)
+
+
+def test_finish_in_counts_down_through_the_landing():
+    clock, hand = make(Limits(seconds=100.0), reserve_guess={"eval": 10.0, "save": 5.0})
+    step(clock, hand, 1.0)
+    assert clock.finish_in() == pytest.approx(99.0)
+    run(clock, hand)
+    assert clock.finish_in() == pytest.approx(15.0, rel=0.06)
+    spend(clock, hand, "eval", 10.0)
+    assert clock.finish_in() == pytest.approx(5.0, rel=0.06)
+    spend(clock, hand, "save", 5.0)
+    assert clock.finish_in() == 0.0
+
+
+@pytest.mark.parametrize("limits", [Limits(steps=50), Limits(tokens=5000), Limits(epochs=0.5)])
+def test_finish_in_knows_counted_limits_by_the_measured_speed(limits):
+    clock, hand = make(limits, reserve_guess={"save": 4.0})
+    assert clock.finish_in() is None
+    clock.cadence(Every(steps=10), "eval")
+    for i in range(10):
+        step(clock, hand, 2.0, epochs=(i + 1) / 100)
+    spend(clock, hand, "eval", 6.0)
+    assert clock.remaining_seconds() is None
+    assert clock.finish_in() == pytest.approx(40 * 2 + 4 * 6 + 4, rel=0.08)
+
+
+# Progress
+
+
+def test_start_up_and_a_slow_first_step_do_not_move_the_schedule():
+    clock, hand = make(Limits(seconds=1000.0), seconds_per_token_guess=0.02)
+    spend(clock, hand, "load", 400.0)
+    assert clock.plan_step(100).progress == pytest.approx(2 / 600, rel=0.02)
+    step(clock, hand, 90.0)
+    assert clock.plan_step(100).progress == pytest.approx(4 / 510, rel=0.02)
+
+
+def test_steps_of_different_sizes_are_predicted_by_their_tokens():
+    clock, hand = make(Limits(seconds=100.0))
+    for tokens in (100, 100, 300, 200, 100):
+        step(clock, hand, tokens / 100, tokens)
+    assert clock.step_time.predict(1000) == pytest.approx(10.0)
+    hand.at = 95.0
+    assert not clock.plan_step(600).go
+    clock.stop_reason = None
+    assert clock.plan_step(400).go
+
+
+def test_time_between_steps_is_learned_too():
+    clock, hand = make(Limits(seconds=1000.0))
+    for _ in range(20):
+        step(clock, hand, 1.0)
+        hand.at += 0.5
+        spend(clock, hand, "eval", 3.0)
+    assert clock.step_time.predict(100) == pytest.approx(1.5)
+
+
+def test_one_stall_is_not_taken_for_the_new_speed_but_a_slowdown_is():
+    clock, hand = make(Limits(seconds=10_000.0))
+    for _ in range(10):
+        step(clock, hand, 1.0)
+    step(clock, hand, 60.0)
+    assert clock.step_time.predict(100) < 1.3
+    for _ in range(30):
+        step(clock, hand, 4.0)
+    assert clock.step_time.predict(100) == pytest.approx(4.0, rel=0.1)
+
+
+def test_progress_never_falls_when_the_estimate_does():
+    clock, hand = make(Limits(seconds=300.0))
+    seen = []
+    for seconds in [1.0] * 20 + [5.0] * 10 + [0.5] * 30:
+        seen.append(step(clock, hand, seconds).progress)
+    assert seen == sorted(seen)
+    assert seen[-1] < 1.0
+
+
+def test_events_ahead_are_part_of_the_arithmetic():
+    plain, hand = make(Limits(seconds=1000.0), reserve_guess={"eval": 50.0})
+    busy, other = make(Limits(seconds=1000.0), reserve_guess={"eval": 50.0})
+    busy.cadence(Every(share=0.1), "eval")
+    for clock, at in ((plain, hand), (busy, other)):
+        for _ in range(10):
+            step(clock, at, 1.0)
+    # Nine evaluations of 50 s leave about half of the 950 s to train in.
+    assert busy.progress / plain.progress == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_steps_budget_does_not_depend_on_time():
+    def trace(pace):
+        clock, hand = make(Limits(steps=20), warmup=Warmup(share=0.1))
+        seen = []
+        for i in range(20):
+            permit = clock.plan_step(100 + i)
+            seen.append((permit.progress, permit.warmup, permit.annealed))
+            hand.at += pace(i)
+            clock.finish_step(pace(i), 100 + i)
+        return seen
+
+    assert trace(lambda i: 1.0) == trace(lambda i: 0.1 + (i * 7919) % 13)
+
+
+# Several processes
+
+
+def test_the_others_follow_a_permit():
+    first, hand = make(Limits(seconds=30.0), warmup=Warmup(share=0.1))
+    second, _ = make(Limits(seconds=30.0), warmup=Warmup(share=0.1))
+    while True:
+        permit = pickle.loads(pickle.dumps(first.plan_step(100, 0.5)))
+        assert second.apply(permit, 0.5) is permit
+        if not permit.go:
+            break
+        hand.at += 1.0
+        first.finish_step(1.0, 100)
+        second.finish_step(0.7, 100)
+    for name in ("steps", "tokens", "epochs", "progress", "stop_reason"):
+        assert getattr(first, name) == getattr(second, name)
+
+
+def test_a_step_without_a_permit_is_our_mistake():
+    clock, _ = make(Limits(steps=3))
+    with pytest.raises(RuntimeError, match="call plan_step, or apply, first"):
+        clock.finish_step(1.0, 100)
+
+
+def test_a_stop_for_another_reason_keeps_the_point_in_the_schedule():
+    clock, hand = make(Limits(steps=10))
+    step(clock, hand, 1.0)
+    permit = clock.plan_step(100)
+    stopped = permit.stopped("SIGTERM")
+    assert (stopped.go, stopped.stop_reason, stopped.progress) == (False, "SIGTERM", permit.progress)
+    clock.stop("SIGTERM")
+    clock.stop("early_stopping")
+    assert clock.stop_reason == "SIGTERM"
+
+
+# Events
+
+
+def fires(clock, hand, cadence, steps, seconds=1.0):
+    at = []
+    for _ in range(steps):
+        if not step(clock, hand, seconds).go:
+            break
+        if clock.should_run(cadence):
+            at.append(clock.steps)
+        assert not clock.should_run(cadence)
+    return at
+
+
+def test_events_by_steps_share_and_seconds():
+    clock, hand = make(Limits(steps=40))
+    assert fires(clock, hand, clock.cadence(Every(steps=10)), 99) == [10, 20, 30]
+    clock, hand = make(Limits(steps=40))
+    assert fires(clock, hand, clock.cadence(Every(share=0.25)), 99) == [10, 20, 30]
+    clock, hand = make(Limits(steps=40))
+    assert fires(clock, hand, clock.cadence(Every(seconds=10.0)), 99) == [11, 21, 31]
+    clock, hand = make(Limits(steps=40))
+    assert fires(clock, hand, clock.cadence(Every(share=1.0)), 99) == []
+
+
+def test_an_event_that_would_fall_into_the_landing_is_left_out():
+    clock, hand = make(Limits(seconds=120.0), reserve_guess={"eval": 10.0})
+    cadence = clock.cadence(Every(steps=10), "eval")
+    at = []
+    while step(clock, hand, 1.0).go:
+        if clock.should_run(cadence):
+            at.append(clock.steps)
+            spend(clock, hand, "eval", 10.0)
+    assert at == [10, 20, 30, 40, 50]
+    assert clock.steps >= 55
+    assert clock.progress == 1.0
+    assert clock.seconds + 10.0 <= 120.0
+
+
+def test_several_passed_multiples_are_one_event():
+    clock, hand = make(Limits(seconds=100.0))
+    cadence = clock.cadence(Every(share=0.1))
+    for _ in range(3):
+        step(clock, hand, 1.0)
+        assert not clock.should_run(cadence)
+    step(clock, hand, 40.0)
+    step(clock, hand, 1.0)
+    assert clock.should_run(cadence)
+    assert not clock.should_run(cadence)
+
+
+@pytest.mark.parametrize("every", [Every(steps=7), Every(share=0.17), Every(seconds=7.0)])
+def test_a_resumed_run_has_the_same_events(every):
+    whole, hand = make(Limits(steps=50))
+    expected = fires(whole, hand, whole.cadence(every), 99)
+    first, hand = make(Limits(steps=50))
+    cadence = first.cadence(every)
+    before = fires(first, hand, cadence, 21)
+    state = json.loads(json.dumps([first.state_dict(), cadence.state_dict()]))
+    second, hand = make(Limits(steps=50))
+    again = second.cadence(every)
+    second.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    assert before + fires(second, hand, again, 99) == expected
+
+
+def test_a_resumed_run_may_have_another_cadence():
+    first, hand = make(Limits(steps=50))
+    cadence = first.cadence(Every(steps=4))
+    fires(first, hand, cadence, 21)
+    second, hand = make(Limits(steps=50))
+    again = second.cadence(Every(steps=10))
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(cadence.state_dict())
+    assert fires(second, hand, again, 99) == [30, 40]
+
+
+# State
+
+
+def test_a_resumed_steps_budget_is_bit_identical():
+    def trace(clock, hand, count):
+        return [step(clock, hand, 1.0) for _ in range(count)]
+
+    warmup = Warmup(share=0.2)
+    whole, hand = make(Limits(steps=20), warmup=warmup)
+    expected = trace(whole, hand, 20)
+    for cut in range(20):
+        first, hand = make(Limits(steps=20), warmup=warmup)
+        seen = trace(first, hand, cut)
+        state = json.loads(json.dumps(first.state_dict()))
+        second, hand = make(Limits(steps=20), warmup=warmup)
+        second.load_state_dict(state)
+        assert seen + trace(second, hand, 20 - cut) == expected
+
+
+def test_time_money_and_energy_go_on_where_the_last_process_stopped():
+    def process():
+        hand = Hand()
+        limits = Limits(seconds=100.0, cost=1.0, price_per_hour=36.0, joules=1e6)
+        return Clock(limits, started=0.0, now=hand, joules=lambda: 50.0 * hand.at), hand
+
+    first, hand = process()
+    for _ in range(10):
+        step(first, hand, 2.0)
+    state = first.state_dict()
+    second, hand = process()
+    hand.at = 5.0
+    second.load_state_dict(state, lost_seconds=1.5)
+    assert second.seconds == pytest.approx(26.5)
+    assert second.cost == pytest.approx(0.265)
+    assert second.joules == pytest.approx(1250.0)
+    assert second.step_time.predict(100) == pytest.approx(2.0)
+    run(second, hand, 2.0)
+    assert 97.0 <= second.seconds <= 100.0
+
+
+def test_a_larger_budget_holds_the_rate_until_progress_is_caught_up_with():
+    first, hand = make(Limits(seconds=100.0))
+    for _ in range(50):
+        step(first, hand, 1.0)
+    reached = first.progress
+    second, hand = make(Limits(seconds=200.0))
+    second.load_state_dict(first.state_dict())
+    seen = [step(second, hand, 1.0).progress for _ in range(100)]
+    assert seen[0] == reached
+    assert seen == sorted(seen)
+    assert reached < seen[-1] < 0.8
+
+
+def test_a_smaller_budget_lands_all_the_same():
+    first, hand = make(Limits(seconds=200.0))
+    for _ in range(50):
+        step(first, hand, 1.0)
+    second, hand = make(Limits(seconds=80.0))
+    second.load_state_dict(first.state_dict())
+    run(second, hand)
+    assert second.progress == 1.0
+    assert 78.0 <= second.seconds <= 80.0
+
+
+def test_a_run_killed_in_its_landing_lands_again():
+    first, hand = make(Limits(seconds=100.0), reserve_guess={"save": 5.0})
+    run(first, hand)
+    state = first.state_dict()
+    second, hand = make(Limits(seconds=100.0), reserve_guess={"save": 5.0})
+    hand.at = 10.0
+    second.load_state_dict(state)
+    permit = second.plan_step(100)
+    assert (permit.go, permit.stop_reason) == (False, "time")
+
+
+def test_the_state_is_the_same_wherever_the_axis_of_time_begins():
+    states = []
+    for begin in (0.0, 12345.0):
+        hand = Hand(begin)
+        clock = Clock(Limits(seconds=100.0), started=begin, now=hand)
+        for _ in range(5):
+            step(clock, hand, 1.0)
+        states.append(clock.state_dict())
+    assert states[0] == states[1] == json.loads(json.dumps(states[0]))

@@ -117,6 +117,7 @@ def _through_transformers(
         loaded = type(skeleton).from_pretrained(
             header.path.parent,
             gguf_file=header.path.name,
+            config=skeleton.config,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
         )

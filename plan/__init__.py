@@ -1,4 +1,4 @@
-"""The plan: machine, short measurement, memory and time models, and every decision made before the first step."""
+"""The plan: machine, short measurement, memory and time models, every decision before the first step."""
 
 from .facts import DataFacts, data_facts
 from .machine import Machine, probe

@@ -1,4 +1,4 @@
-"""When nothing fits: the changes of the recipe that would, each really planned, and the refusal that names them."""
+"""When nothing fits: the changes of the recipe that would, each really planned, and the refusal."""
 
 from __future__ import annotations
 

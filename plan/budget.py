@@ -72,12 +72,16 @@ def choose_batch(
         tokens = min(tokens, defaults.BATCH_PER_ROOT_TOKEN**2 * steps_limit * steps_limit)
     batch = defaults.batch_tokens_for(tokens)
     reason = f"grows as the root of the tokens that the budget buys ({_short(tokens)})"
+    # With counted limits only, nothing measured may decide: the run must repeat to the bit.
+    timed = deadline < inf
     least = update_seconds * (1 / defaults.MAX_OPTIMIZER_SHARE - 1) / seconds_per_token
-    if least > batch:
+    if timed and least > batch:
         batch = min(ceil(least), defaults.MAX_BATCH_TOKENS)
         reason = f"so that the optimizer takes at most {defaults.MAX_OPTIMIZER_SHARE:.0%} of a step"
     most = (defaults.MAX_STEP_SHARE * deadline - update_seconds) / seconds_per_token
-    if batch > most:
+    # Not below the least batch, as long as that still leaves ten steps.
+    most = max(most, min(defaults.MIN_BATCH_TOKENS, 0.1 * deadline / seconds_per_token))
+    if timed and batch > most:
         batch = max(1, floor(most))
         reason = f"so that a step takes at most {defaults.MAX_STEP_SHARE:.0%} of the time"
     batch = max(batch, ceil(data.mean_length) * world_size)
@@ -106,7 +110,8 @@ def spend(
     evals = saves = 0
     steps: float = limits.steps or inf
     spending: Spending | None = None
-    # How often it is evaluated depends on the steps, these on the time that evaluations leave: settle in turns.
+    # How often it is evaluated depends on the steps, these on the time that evaluations leave: settle in
+    # turns.
     for _ in range(3):
         outside = overhead(fixed, elapsed=elapsed, evals=evals, saves=saves)
         left = deadline - sum(outside.values())
@@ -162,4 +167,10 @@ def _round(tokens: int) -> int:
 
 
 def _short(tokens: float) -> str:
-    return f"{tokens / 1e6:.3g}M" if tokens >= 1e6 else f"{tokens / 1e3:.3g}k" if tokens >= 1e3 else f"{tokens:.0f}"
+    return (
+        f"{tokens / 1e6:.3g}M"
+        if tokens >= 1e6
+        else f"{tokens / 1e3:.3g}k"
+        if tokens >= 1e3
+        else f"{tokens:.0f}"
+    )

@@ -1,14 +1,14 @@
 """Every constant that the plan decides by, in one place, each with its reason. Tuned with benchmarks/race.py.
 
-Learning rate, batch and micro-batch are part of the product: an untouched recipe should train about as well as a
-tuned one, for the budget that it has.
+Learning rate, batch and micro-batch are part of the product: an untouched recipe should train about as well
+as a tuned one, for the budget that it has.
 """
 
 from __future__ import annotations
 
 from math import sqrt
 
-# --- memory ---------------------------------------------------------------------------------------------------
+# --- memory
 
 # glibc keeps freed blocks below 32 MB for itself, oneDNN keeps packed weights and scratch pads: on a CPU the
 # process is larger than its live tensors. Calibrated with benchmarks/memory_prediction.py.
@@ -21,7 +21,7 @@ CUDA_CONTEXT_BYTES = 600 << 20
 # The plan leaves this share of a limit free: the prediction aims at 10 % error.
 MEMORY_MARGIN = 0.10
 
-# --- batch ----------------------------------------------------------------------------------------------------
+# --- batch
 
 MIN_BATCH_TOKENS = 512
 MAX_BATCH_TOKENS = 65_536
@@ -33,19 +33,19 @@ MAX_OPTIMIZER_SHARE = 0.25
 # batch = 3 · sqrt(tokens in the budget).
 BATCH_PER_ROOT_TOKEN = 3.0
 
-MICRO_TOKENS_CPU = (512, 1024, 2048, 4096)
+# The largest that fits is taken. On a CPU matrix products are at their full speed from about a thousand
+# rows on, and larger activations only leave the caches; a GPU wants all the rows that it can get.
+MICRO_TOKENS_CPU = (256, 512, 1024, 2048)
 MICRO_TOKENS_CUDA = (1024, 2048, 4096, 8192, 16_384)
-# A smaller micro-batch is preferred unless a larger one is faster by this: it needs less memory.
-MICRO_GAIN = 0.03
 
-# --- measurement ----------------------------------------------------------------------------------------------
+# --- measurement
 
 # Lengths of the longer of the two measured micro-batches, and the time that all of them may take together.
 MEASURE_TOKENS_CPU = 1536
 MEASURE_TOKENS_CUDA = 8192
 MEASURE_SECONDS = 2.0
 
-# --- the rest of the budget -----------------------------------------------------------------------------------
+# --- the rest of the budget
 
 EVAL_SHARE = 0.10
 DEFAULT_MAX_LENGTH = 2048
@@ -72,21 +72,21 @@ def batch_tokens_for(tokens_in_budget: float) -> int:
     return int(min(max(wanted, MIN_BATCH_TOKENS), MAX_BATCH_TOKENS))
 
 
-def learning_rate_for(*, adapter: bool, optimizer: str, parameters: int, batch_tokens: int, steps: int) -> float:
+def learning_rate_for(
+    *, adapter: bool, optimizer: str, parameters: int, batch_tokens: int, steps: int
+) -> float:
     """Peak learning rate, to two digits.
 
-    LoRA: 1e-3 at 135M parameters, falling with the fourth root of size (8B: 3.6e-4, near the 2e-4 to 5e-4 that
-    is common there). A LoRA of a tiny model wants five to ten times the rate of the whole model, because its
-    product BA starts at zero. Whole model: 1e-4 at 135M, falling faster, kept within 2e-5 .. 1e-4.
-    Batch: a weak growth, the fourth root, between 1 at 2,048 tokens and 2; AdamW wants sqrt at most
-    (arXiv:2205.10287), and a fine-tune is far from the noise limit. Few steps: up to half as much again, there
-    is less time to travel. Lion's update has no second moment and a norm several times larger: a fifth.
+    LoRA: 1e-3 at 135M parameters, falling with the fourth root of size (8B: 3.6e-4, near the 2e-4 to 5e-4
+    that is common there). A LoRA of a tiny model wants five to ten times the rate of the whole model,
+    because its product BA starts at zero. Whole model: 1e-4 at 135M, falling faster, kept within 2e-5 ..
+    1e-4. Batch: a weak growth, the fourth root, between 1 at 2,048 tokens and 2; AdamW wants sqrt at most
+    (arXiv:2205.10287), and a fine-tune is far from the noise limit. Few steps: up to half as much again,
+    there is less time to travel. Lion's update has no second moment and a norm several times larger: a
+    fifth.
     """
     size = 135e6 / max(parameters, 1)
-    if adapter:
-        rate = 1e-3 * min(size, 4.0) ** 0.25
-    else:
-        rate = min(max(1e-4 * size**0.4, 2e-5), 1e-4)
+    rate = 1e-3 * min(size, 4.0) ** 0.25 if adapter else min(max(1e-4 * size**0.4, 2e-5), 1e-4)
     rate *= min(max(batch_tokens / 2048, 1.0) ** 0.25, 2.0)
     rate *= min(max((300 / max(steps, 1)) ** 0.25, 1.0), 1.5)
     if optimizer.startswith("lion"):

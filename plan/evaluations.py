@@ -30,7 +30,11 @@ class EvalRows:
 def choose_eval_rows(
     recipe: Recipe, data: DataFacts, *, expected_seconds: float, seconds_per_token: float
 ) -> EvalRows:
-    """All held-out rows, unless evaluations would take more than EVAL_SHARE of the run."""
+    """All held-out rows, unless evaluations would take more than EVAL_SHARE of a limited time.
+
+    `expected_seconds` is inf where neither time nor cost is limited: then all rows are measured, because what
+    is measured must not depend on the speed of the moment.
+    """
     rows = data.eval_rows
     if rows == 0:
         return EvalRows(0, 0, 0.0, 0.0, "no rows are held out")

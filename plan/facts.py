@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from ..data import TokenRows
+    from ..data.rows import TokenRows
 
 Counts = npt.NDArray[np.int64]
 Shares = npt.NDArray[np.float64]
@@ -76,8 +76,9 @@ class DataFacts:
     def dense_share(self, tokens: int) -> float:
         """Trained share to expect in the densest micro-batch of `tokens` tokens.
 
-        The mean share is exceeded when rows with long answers meet. Rows are drawn at random, so the share of
-        a micro-batch of m rows spreads by the rows' spread over sqrt(m); three deviations bound a run's worst.
+        The mean share is exceeded when rows with long answers meet. Rows are drawn at random, so the share
+        of a micro-batch of m rows spreads by the rows' spread over sqrt(m); three deviations bound a run's
+        worst.
         """
         if self.rows == 0:
             return 1.0

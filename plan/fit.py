@@ -71,16 +71,13 @@ def candidates(
 
 
 def choose(found: Sequence[Candidate], limits: Limits) -> Candidate | None:
-    """The quickest that fits with the margin, else the smallest that fits at all, else None.
+    """The largest that fits with the margin, else the smallest that fits at all, else None.
 
-    A larger micro-batch must be quicker by MICRO_GAIN: it takes memory and makes the last one of a step emptier.
+    Not the quickest measured: a run with a counted budget would then change its micro-batches, and with them
+    the last bits of its sums, whenever another process disturbed the measurement.
     """
     comfortable = [c for c in found if limits.fits(c.footprint, defaults.MEMORY_MARGIN)]
     if comfortable:
-        best = min(comfortable, key=lambda c: c.micro_tokens)
-        for candidate in sorted(comfortable, key=lambda c: c.micro_tokens):
-            if candidate.seconds_per_token < best.seconds_per_token * (1 - defaults.MICRO_GAIN):
-                best = candidate
-        return best
+        return max(comfortable, key=lambda c: c.micro_tokens)
     tight = [c for c in found if limits.fits(c.footprint, 0.0)]
     return min(tight, key=lambda c: c.micro_tokens, default=None)

@@ -42,7 +42,7 @@ class Surroundings:
 
 
 class Grounds:
-    """A recipe with its layout, precision, trained tensors, sizes, and measurements made when first needed."""
+    """A recipe with its layout, precision, trained tensors and sizes, and measurements made when needed."""
 
     def __init__(self, recipe: Recipe, around: Surroundings, max_length: int | None = None) -> None:
         """`max_length` cuts rows shorter than the recipe and the model do. UserError as in choose_layout."""
@@ -97,15 +97,16 @@ class Grounds:
         """Rows of a micro-batch where the recipe says so."""
         return self.recipe.train.per_device_train_batch_size
 
-    def find(self, checkpointing: bool) -> list[Candidate]:
-        """All micro-batch sizes worth a thought, with footprint and speed."""
+    def find(self, checkpointing: bool, micro_tokens: int | None = None) -> list[Candidate]:
+        """All micro-batch sizes worth a thought, or the one given, with footprint and speed."""
         fixed = self.micro_rows is not None
+        auto = self._micro_sizes() if micro_tokens is None else [micro_tokens]
         return candidates(
             device=self.around.machine.device,
             layers=self.around.facts.layers,
             sizes=self.sizes,
             measure=self.measured,
-            micro_tokens=[self._worst_of_rows()] if fixed else self._micro_sizes(),
+            micro_tokens=[self._worst_of_rows()] if fixed else auto,
             longest=self.layout.longest,
             checkpointing=checkpointing,
             trained_share=self.data.trained_share,
@@ -147,7 +148,9 @@ class Grounds:
         facts = self.around.facts
         per_layer = (facts.parameters - facts.embedding_parameters) / facts.layers
         # Three layers in all (a copy of one and one of two), four passes over them, 6 operations a weight.
-        affordable = defaults.MEASURE_SECONDS * 0.4 * self.around.machine.matmul_flops / (6 * 3 * 4 * per_layer)
+        affordable = (
+            defaults.MEASURE_SECONDS * 0.4 * self.around.machine.matmul_flops / (6 * 3 * 4 * per_layer)
+        )
         wanted = defaults.MEASURE_TOKENS_CPU if self.device.type == "cpu" else defaults.MEASURE_TOKENS_CUDA
         longer = int(min(wanted, max(128, affordable))) // 64 * 64
         return longer // 3, longer

@@ -1,4 +1,4 @@
-"""Limits that the operating system sets on this process: memory and cores of its control group, both versions."""
+"""Limits of the operating system on this process: memory and cores of its control group, both versions."""
 
 from __future__ import annotations
 
@@ -56,10 +56,8 @@ def cgroup_cores(
 
 def usable_cores(quota: float | None) -> int:
     """Cores this process may use: its affinity mask, bounded by the quota rounded up."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
+    has_mask = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
     return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
 
 

@@ -1,9 +1,9 @@
 """Counts the bytes of tensors alive while a piece of code runs: what a CPU allocator does not tell.
 
-On CUDA the allocator's own counters are exact. On a CPU there are none, so every operation is watched: the storages
-that it creates are counted from birth to death. Unlike hooks on saved tensors this also sees what activation
-checkpointing keeps, temporaries, and tensors held by hand-written backward functions. Not seen: scratch buffers
-inside a library's kernels.
+On CUDA the allocator's own counters are exact. On a CPU there are none, so every operation is watched: the
+storages that it creates are counted from birth to death. Unlike hooks on saved tensors this also sees what
+activation checkpointing keeps, temporaries, and tensors held by hand-written backward functions. Not seen:
+scratch buffers inside a library's kernels.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class LiveBytes:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = int(torch.cuda.memory_allocated(self._device))
         else:
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch ships no types for it
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._cuda:
-            self._mode.__exit__(kind, error, trace)
+            self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
 
-class _StorageWatch(TorchDispatchMode):
+class _StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         # The references must stay alive, a weak reference that dies never calls back.

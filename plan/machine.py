@@ -1,7 +1,8 @@
 """The machine a run would use: devices, memory that is really ours, disk, and measured rates.
 
-Limits of the control group count, not only the hardware: in a container with 8 GB on a machine with 256 GB, a plan
-made for 256 GB ends with "Killed". Rates are measured on first use (below a second in all) and kept in the object.
+Limits of the control group count, not only the hardware: in a container with 8 GB on a machine with 256 GB,
+a plan made for 256 GB ends with "Killed". Rates are measured on first use (below a second in all) and kept
+in the object.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""`make_plan`: from recipe, machine, model facts and data facts to a Plan, or to a refusal with the numbers."""
+"""`make_plan`: from recipe, machine, model and data facts to a Plan, or to a refusal with the numbers."""
 
 from __future__ import annotations
-
 
 from ..models.attention import supports_packing
 from ..models.facts import ModelFacts
@@ -9,7 +8,7 @@ from ..recipes import Recipe
 from ..schedules.limits import Limits
 from . import defaults
 from .alternatives import refuse
-from .budget import Spending, choose_batch, deadline_of, spend, token_limit
+from .budget import Spending, choose_batch, deadline_of, spend
 from .evaluations import EvalRows, choose_eval_rows
 from .facts import DataFacts
 from .fit import Candidate
@@ -132,8 +131,7 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
 
     micro = chosen.micro_tokens
     eval_token = measured.eval_seconds(facts.layers, micro, micro * share) / micro / world_size
-    expected = _expected_seconds(limits, data, per_token, batch_for)
-    rows = choose_eval_rows(recipe, data, expected_seconds=expected, seconds_per_token=eval_token)
+    rows = choose_eval_rows(recipe, data, expected_seconds=deadline_of(limits), seconds_per_token=eval_token)
     fixed = fixed_seconds(
         sizes=sizes,
         rates=rates,
@@ -157,16 +155,6 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
     return _write(recipe, grounds, chosen, limits, rows, fixed, spending, update)
 
 
-def _expected_seconds(limits: Limits, data: DataFacts, per_token: float, batch_for: object) -> float:
-    """Rough length of the run, before evaluations are known: what they are a share of."""
-    tokens, _ = token_limit(limits, data)
-    counted = tokens * per_token
-    if limits.steps is not None and callable(batch_for):
-        batch, _ = batch_for(tokens)
-        counted = min(counted, limits.steps * batch * per_token)
-    return min(deadline_of(limits), counted)
-
-
 def _write(
     recipe: Recipe,
     grounds: Grounds,
@@ -181,10 +169,11 @@ def _write(
     machine, facts = around.machine, around.facts
     step = spending.step
     micro_rows = grounds.micro_rows
-    micro_tokens = chosen.micro_tokens
     if micro_rows is None:
         # A step's tokens vary a little around the batch: room for that, so that no sliver of it is left over.
-        micro_tokens = min(micro_tokens, -(-int(1.3 * step.tokens / around.world_size) // 64) * 64)
+        most = -(-int(1.3 * step.tokens / around.world_size) // 64) * 64
+        if most < chosen.micro_tokens:
+            (chosen,) = grounds.find(chosen.checkpointing, most)
     rate = recipe.optimizer.learning_rate
     if rate is None:
         rate = defaults.learning_rate_for(
@@ -220,7 +209,7 @@ def _write(
         packed=grounds.layout.packed,
         max_length=grounds.layout.max_length,
         longest_row=int(data.longest),
-        micro_tokens=micro_tokens,
+        micro_tokens=chosen.micro_tokens,
         micro_rows=micro_rows,
         batch_tokens=step.tokens,
         batch_rows=_batch_rows(recipe, data, around.world_size),
@@ -264,5 +253,3 @@ def _check_disk(recipe: Recipe, machine: Machine, *, checkpoint: int, kept: int,
         raise disk_too_small(
             needed, free, checkpoint=checkpoint, kept=kept, final=final, folder=machine.output_dir
         )
-
-

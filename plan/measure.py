@@ -1,9 +1,9 @@
 """The short measurement: two shallow copies of the model are really trained for a moment.
 
-What a layer keeps for its backward pass, and how long it takes, depends on the architecture, the adapter, fused
-operations, attention and the processor. Formulas for that are wrong by tens of percent (fm-training-estimator,
-DeepSpeed #4527); running one and two layers at two lengths gives four points that a line over layers and tokens
-goes through, because a decoder is a pile of equal layers.
+What a layer keeps for its backward pass, and how long it takes, depends on the architecture, the adapter,
+fused operations, attention and the processor. Formulas for that are wrong by tens of percent
+(fm-training-estimator, DeepSpeed #4527); running one and two layers at two lengths gives four points that a
+line over layers and tokens goes through, because a decoder is a pile of equal layers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,15 +20,14 @@ from torch import Tensor, nn
 
 from ..models.facts import ModelFacts
 from ..ops import cross_entropy_sum
+from ..ops.cross_entropy import FROZEN_CHUNK, TRAINED_CHUNK
 from ..recipes import Recipe
-from .curves import Line, line_through, plane_through
+from .curves import Line, Polyline, line_through, plane_through
 from .live_bytes import LiveBytes
 from .measurement import Measurement, Setting
 from .replica import VOCABULARY, build_replica
 
 LAYERS = (1, 2)
-# Words of the output head that are measured at most: its cost is a straight line in them.
-_HEAD_WORDS = 65_536
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def measure(recipe: Recipe, facts: ModelFacts, device: torch.device, setting: Se
         seconds=plane("seconds"),
         forward_seconds=plane("forward_seconds"),
         head_peak=head[0],
+        head_held=4 * facts.vocab_size * facts.hidden_size if recipe.adapter is None and facts.tied else 0,
         head_seconds=head[1],
         head_forward_seconds=head[2],
         tokens=setting.tokens,
@@ -93,13 +94,13 @@ def _run_layers(model: nn.Module, device: torch.device, setting: Setting, tokens
 
     def both() -> None:
         hidden = forward()
-        hidden.backward(torch.ones_like(hidden))
+        torch.autograd.backward(hidden, torch.ones_like(hidden))
 
     both()  # gradients are there from now on, as in every micro-batch but a step's first
     with LiveBytes(device) as live:
         hidden = forward()
         saved = live.now
-        hidden.backward(torch.ones_like(hidden))
+        torch.autograd.backward(hidden, torch.ones_like(hidden))
         del hidden
         peak = live.peak
     seconds = _seconds(both, device, setting.repeats)
@@ -120,7 +121,7 @@ def _inputs(setting: Setting, tokens: int, device: torch.device) -> dict[str, An
         mask[:, -1] = 0  # a mask that masks something: the code may skip one that does not
         return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
     segments = (*range(0, tokens, length), tokens)
-    positions = torch.cat([torch.arange(b - a) for a, b in zip(segments, segments[1:], strict=False)])
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(segments)])
     ids = torch.randint(VOCABULARY, (1, tokens), device=device)
     return {
         "input_ids": ids,
@@ -132,42 +133,52 @@ def _inputs(setting: Setting, tokens: int, device: torch.device) -> dict[str, An
 
 def _run_head(
     recipe: Recipe, facts: ModelFacts, device: torch.device, setting: Setting
-) -> tuple[Line, Line, Line]:
-    """(peak bytes, seconds of both passes, seconds of the forward pass) over the number of trained tokens."""
-    words = min(facts.vocab_size, _HEAD_WORDS)
+) -> tuple[Polyline, Line, Line]:
+    """(peak bytes, seconds of both passes, seconds of the forward pass) over trained tokens.
+
+    Measured at half a chunk of the loss, one and two: from two on only the hidden states grow (each about four
+    times: gathered, cast, its gradient, and that gradient put back among all positions).
+    """
     trained = recipe.adapter is None
     dtype = setting.precision.dtype
     block = torch.randn(1, facts.hidden_size, device=device).mul_(0.02).to(dtype)
-    weight = block.repeat(words, 1).requires_grad_(trained)
+    weight = block.repeat(facts.vocab_size, 1).requires_grad_(trained)
     if trained:
         weight.grad = torch.zeros_like(weight)
-    whole = facts.vocab_size / words
-    points = []
-    for tokens in setting.tokens:
-        targets = max(1, int(tokens * setting.trained_share))
-        source = torch.randn(tokens, facts.hidden_size, device=device).to(dtype).requires_grad_()
-        places = torch.arange(targets, device=device)
-        labels = torch.randint(words, (targets,), device=device)
+    chunk = max(2, (TRAINED_CHUNK if trained else FROZEN_CHUNK) // facts.vocab_size)
+    counts = (chunk // 2, chunk, 2 * chunk)
+    warm = _head_point(facts, device, setting, weight, counts[0])
+    first, *more = [_head_point(facts, device, setting, weight, count) for count in counts]
+    first = (first[0], min(first[1], warm[1]), min(first[2], warm[2]))
+    points = [first, *more]
+    bytes_ = Polyline(
+        tuple((float(count), point[0]) for count, point in zip(counts, points, strict=True)),
+        4.0 * facts.hidden_size * dtype.itemsize,
+    )
+    seconds, forward_seconds = (
+        line_through(counts[0], points[0][k], counts[2], points[2][k]) for k in (1, 2)
+    )
+    return bytes_, seconds, forward_seconds
 
-        def forward(source: Tensor = source, places: Tensor = places, labels: Tensor = labels) -> Tensor:
-            with _precision(setting, device):
-                return cross_entropy_sum(source[places], weight, labels)
 
-        def both() -> None:
-            forward().backward()  # noqa: B023 - called within this turn of the loop
+def _head_point(
+    facts: ModelFacts, device: torch.device, setting: Setting, weight: Tensor, targets: int
+) -> tuple[float, float, float]:
+    tokens = max(targets, round(targets / max(setting.trained_share, 0.01)))
+    source = torch.randn(tokens, facts.hidden_size, device=device).to(setting.precision.dtype)
+    source.requires_grad_()
+    places = torch.arange(targets, device=device)
+    labels = torch.randint(facts.vocab_size, (targets,), device=device)
 
-        both()
-        with LiveBytes(device) as live:
-            both()
-            peak = live.peak
-        with torch.no_grad():
-            forward_seconds = _seconds(forward, device, 1)
-        points.append((targets, peak, _seconds(both, device, 1), forward_seconds))
-    (few, *first), (many, *second) = points
-    if many == few:  # one trained token at both lengths: no slope to see
-        few = 0
-    lines = [line_through(few, a, many, b) for a, b in zip(first, second, strict=True)]
-    peak, seconds, forward_seconds = (Line(li.constant * whole, li.per_unit * whole) for li in lines)
+    def forward() -> Tensor:
+        with _precision(setting, device):
+            return cross_entropy_sum(source[places], weight, labels)
+
+    with LiveBytes(device) as live:  # few and large operations: watching them costs no time worth mentioning
+        seconds = _seconds(lambda: torch.autograd.backward(forward()), device, 1)
+        peak = live.peak
+    with torch.no_grad():
+        forward_seconds = _seconds(forward, device, 1)
     return peak, seconds, forward_seconds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .curves import Line, Plane
+from .curves import Line, Plane, Polyline
 from .precision import Precision
 
 
@@ -27,7 +27,9 @@ class Measurement:
 
     saved, peak: bytes kept for the backward pass, and the most alive at once in forward and backward.
     seconds, forward_seconds: both passes, and forward alone as in evaluation.
-    head_*: the output head with its loss, over N; its weight's gradient is in head_peak where it is trained.
+    head_*: the output head with its loss, over N. head_peak bends where the loss begins to work in chunks,
+    and holds the gradient of the head's weight where that is trained; head_held: what of it stays until the
+    end of the backward pass, because the embedding is the same matrix.
     tokens: the two lengths that were measured.
     """
 
@@ -35,7 +37,8 @@ class Measurement:
     peak: Plane
     seconds: Plane
     forward_seconds: Plane
-    head_peak: Line
+    head_peak: Polyline
+    head_held: int
     head_seconds: Line
     head_forward_seconds: Line
     tokens: tuple[int, int]
@@ -56,5 +59,5 @@ class Measurement:
         """
         saved = self.saved.at(layers, tokens)
         head = self.head_peak.at(targets)
-        activations = max(saved, self.peak.at(layers, tokens) - head)
+        activations = max(saved, self.peak.at(layers, tokens) + self.head_held - head)
         return int(activations), int(head)

@@ -1,7 +1,7 @@
 """Memory by part and by phase: pure arithmetic over sizes that were counted or measured elsewhere.
 
-A run has three phases that may be its peak: loading, training at the longest batch, exporting. The prediction is
-the largest of them, never a sum over phases.
+A run has three phases that may be its peak: loading, training at the longest batch, exporting. The
+prediction is the largest of them, never a sum over phases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Predicted peaks. device is empty on a CPU. phases: the total of each phase on the tier that computes."""
+    """Predicted peaks. device is empty on a CPU. phases: totals on the tier that computes."""
 
     device: Parts
     host: Parts

@@ -11,9 +11,9 @@ from typing import Any
 class Plan:
     """All decisions of a run, JSON-able. Sizes in bytes, times in seconds, counts over all processes.
 
-    memory: {"device": {part: bytes, ..., "total"}, "host": {...}}; device is empty on a CPU. phases: totals of
-    load, train and export on the tier that computes. timeline: seconds by kind. eval_rows: at the start and the
-    end, eval_rows_between: in between. reasons: key -> one line.
+    memory: {"device": {part: bytes, ..., "total"}, "host": {...}}; device is empty on a CPU. phases: totals
+    of load, train, export on the tier that computes. timeline: seconds by kind. eval_rows: at the start and
+    the end, eval_rows_between: in between. reasons: key -> one line.
     """
 
     model: str
@@ -83,7 +83,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any] | str) -> Plan:
-        """A plan from `to_json`'s value or its text, such as a run's plan.json. ValueError: not one of ours."""
+        """The plan in `to_json`'s value or text, such as a run's plan.json. ValueError: not one of ours."""
         plain = json.loads(value) if isinstance(value, str) else value
         try:
             return cls(**plain)

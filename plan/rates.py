@@ -14,8 +14,8 @@ import torch
 from ..recipes.errors import UserError
 from .limits import existing_parent
 
-# Square products: 1,024 on a CPU (2 GFLOP, some ms on two cores), 8,192 on a GPU (1.1 TFLOP), where smaller ones
-# do not fill the device.
+# Square products: 1,024 on a CPU (2 GFLOP, some ms on two cores), 8,192 on a GPU (1.1 TFLOP), where smaller
+# ones do not fill the device.
 _CPU_SIDE = 1024
 _CUDA_SIDE = 8192
 _SECONDS_EACH = 0.15

@@ -17,9 +17,7 @@ def explain(
     limits = grounds.around.limits
     on_device = bool(chosen.footprint.device)
     needed = chosen.footprint.device_total if on_device else chosen.footprint.host_total
-    limit, source = (
-        (limits.device, limits.device_source) if on_device else (limits.host, limits.host_source)
-    )
+    limit, source = (limits.device, limits.device_source) if on_device else (limits.host, limits.host_source)
     reasons = {
         "memory": f"peak in {max(chosen.footprint.phases, key=lambda name: chosen.footprint.phases[name])}; "
         f"{gigabytes(limit)} {source}",
@@ -32,16 +30,18 @@ def explain(
     if grounds.micro_rows is not None:
         reasons["micro_tokens"] = f"{grounds.micro_rows} rows, the longest together: as given by the recipe"
     elif chosen.worst_tokens > chosen.micro_tokens:
-        reasons["micro_tokens"] = (
-            f"quickest here that fits; a row of {chosen.worst_tokens} tokens is a micro-batch of its own"
-        )
+        reasons["micro_tokens"] = f"a row of {chosen.worst_tokens} tokens is a micro-batch of its own"
     else:
-        reasons["micro_tokens"] = f"quickest here that fits ({1e6 * chosen.seconds_per_token:.0f} µs a token)"
+        reasons["micro_tokens"] = (
+            f"enough for full speed, and fits ({1e6 * chosen.seconds_per_token:.0f} µs a token)"
+        )
     wanted = recipe.train.activation_checkpointing
     if wanted is not None:
         reasons["activation_checkpointing"] = f"train.activation_checkpointing={str(wanted).lower()}"
     elif chosen.checkpointing:
-        reasons["activation_checkpointing"] = "without it the activations do not fit; costs about a third more"
+        reasons["activation_checkpointing"] = (
+            "without it the activations do not fit; costs about a third more"
+        )
     else:
         reasons["activation_checkpointing"] = f"not needed: {gigabytes(needed)} of {gigabytes(limit)}"
     if recipe.optimizer.learning_rate is not None:

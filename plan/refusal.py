@@ -1,4 +1,4 @@
-"""What a person reads when the run does not fit: needed and available, by part, and the changes that would do."""
+"""What a person reads when a run does not fit: needed and available, by part, and what to change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class Shortage:
         return sum(self.parts.values())
 
 
-def shortage_of(needed: Footprint, *, host: int, device: int, host_source: str, device_source: str) -> Shortage:
+def shortage_of(
+    needed: Footprint, *, host: int, device: int, host_source: str, device_source: str
+) -> Shortage:
     """Which limit is broken, the device's first."""
     if device and needed.device_total > device:
         return Shortage("GPU", needed.device, device, device_source)
@@ -44,7 +46,7 @@ def shortage_of(needed: Footprint, *, host: int, device: int, host_source: str, 
 
 
 def does_not_fit(shortage: Shortage, changes: Sequence[Change], together: Change | None) -> BudgetError:
-    """The refusal. `changes` in the order of preference; `together`: all of them, when none alone is enough."""
+    """The refusal. `changes` in order of preference; `together`: several, when none alone is enough."""
     rows = [
         (
             "does not fit",
@@ -66,7 +68,9 @@ def does_not_fit(shortage: Shortage, changes: Sequence[Change], together: Change
     return BudgetError(in_columns(rows))
 
 
-def disk_too_small(needed: int, free: int, *, checkpoint: int, kept: int, final: int, folder: str) -> BudgetError:
+def disk_too_small(
+    needed: int, free: int, *, checkpoint: int, kept: int, final: int, folder: str
+) -> BudgetError:
     """The refusal of a run whose files do not fit the disk."""
     return BudgetError(
         in_columns(
@@ -76,7 +80,10 @@ def disk_too_small(needed: int, free: int, *, checkpoint: int, kept: int, final:
                     f"needs {gigabytes(needed)} of {gigabytes(free)} disk at {folder}: {kept} checkpoints of "
                     f"{gigabytes(checkpoint)}, final model {gigabytes(final)}",
                 ),
-                ("", "cheapest change: checkpoint.keep=1, export.final=adapter, or output_dir on another disk"),
+                (
+                    "",
+                    "cheapest change: checkpoint.keep=1, export.final=adapter, or output_dir on another disk",
+                ),
             ]
         )
     )

@@ -1,8 +1,10 @@
-"""A shallow copy of the model: the same layers, few of them, random weights, built as the run will build it."""
+"""A shallow copy of the model: the same layers, few of them, with random weights, built as for the run."""
 
 from __future__ import annotations
 
 import copy
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +42,9 @@ def build_replica(
         adapter = adapter.model_copy(
             update={"init_lora_weights": True, "layers_to_transform": None, "rank_pattern": {}}
         )
-    trained: nn.Module = attach(model, adapter, _facts_of(facts, config, model, layers), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT misses a name on the hub; nothing is saved
+        trained: nn.Module = attach(model, adapter, _facts_of(facts, config, model, layers), seed=0)
     if recipe.train.fused_ops:
         use_fused(trained)
     if checkpointing:
@@ -83,7 +87,7 @@ def _with_random_weights(
     if recipe.model.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.model.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.model.bnb_4bit_use_double_quant,
@@ -95,7 +99,5 @@ def _with_random_weights(
 
 def _facts_of(facts: ModelFacts, config: Any, model: Any, layers: int) -> ModelFacts:
     """The facts that `attach` reads, true of the copy."""
-    from dataclasses import replace
-
     shapes = tuple((name, tuple(value.shape)) for name, value in model.named_parameters())
     return replace(facts, config=config, layers=layers, vocab_size=VOCABULARY, parameter_shapes=shapes)

@@ -14,7 +14,7 @@ from .rates import Rates
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step of `tokens` tokens (all processes), made of `accumulation` micro-batches."""
+    """One optimizer step of `tokens` tokens over all processes, in `accumulation` micro-batches each."""
 
     seconds: float
     accumulation: int

@@ -42,7 +42,7 @@ def count_sizes(
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process with the libraries of a run imported: what exists before the model does."""
+    """Resident memory of this process with a run's libraries imported: what is there before the model."""
     import peft  # noqa: F401 - imported for its weight in memory
     import transformers  # noqa: F401
 
@@ -50,7 +50,7 @@ def resident_bytes() -> int:
 
 
 def _four_bit_bytes(recipe: Recipe, facts: ModelFacts, itemsize: int) -> int:
-    """A nibble a weight and the scales of the blocks; embeddings, norms and the output head stay as they are."""
+    """A nibble a weight, and the scales; embeddings, norms and the output head stay as they are."""
     packed = sum(
         linear.in_features * linear.out_features * linear.count
         for linear in facts.linear_modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import prod
 
@@ -46,7 +47,8 @@ def find_trained(recipe: Recipe, facts: ModelFacts) -> Trained:
 
     # The start of the adapter needs weights, its shapes do not.
     adapter = recipe.adapter.model_copy(update={"init_lora_weights": True})
-    with torch.device("meta"), quiet_libraries():
+    with torch.device("meta"), quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT misses a name on the hub; nothing is saved
         model = get_peft_model(facts.skeleton(), lora_config(adapter, facts))
     base = {name for name, _ in facts.parameter_shapes}
     own: list[Shape] = []

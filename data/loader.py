@@ -1,33 +1,41 @@
 """The training loader: for each step the micro-batches of this process, from any step on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .collate import Batch, collate
+from .batch import Batch, collate
 from .order import Order, Step
 from .rows import TokenRows
 
-StepBatches = tuple[int, Step, list[Batch]]
+StepBatches = tuple[Step, list[Batch]]
 
 
 class StepDataset(Dataset[StepBatches]):
-    """Step number -> (number, step, this rank's micro-batches)."""
+    """Step number -> the step and this process's micro-batches."""
 
-    def __init__(self, rows: TokenRows, order: Order, *, packed: bool, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        order: Order,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        collate: Callable[..., Batch] = collate,
+    ) -> None:
         self._rows = rows
         self._order = order
-        self._packed = packed
-        self._rank = rank
-        self._world_size = world_size
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._collate = collate
 
     def __getitem__(self, index: int) -> StepBatches:
         """Build one step."""
         step = self._order.step(index)
-        mine = step.micro_batches[self._rank :: self._world_size]
-        return index, step, [collate(self._rows, batch, packed=self._packed) for batch in mine]
+        mine = step.micro_batches[self._process_index :: self._num_processes]
+        return step, [self._collate(self._rows, batch, packed=self._order.packed) for batch in mine]
 
 
 class _From(Sampler[int]):
@@ -44,19 +52,20 @@ class _From(Sampler[int]):
             index += 1
 
 
-def make_loader(
+def training_batches(
     rows: TokenRows,
     order: Order,
     *,
-    packed: bool,
     start: int = 0,
     stop: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
     num_workers: int = 0,
+    collate: Callable[..., Batch] = collate,
     pin_memory: bool = False,
 ) -> DataLoader[Any]:
-    """A DataLoader that yields (step number, Step, [Batch, ...]) from step `start` on, in order.
+    """A DataLoader that yields (Step, [Batch, ...]) from step `start` on, in order; without `stop` it never
+    ends.
 
     Nothing is random in it: it has a generator of its own, so the global one, which dropout draws from, is
     the same with any number of workers, and after a resume.
@@ -64,7 +73,7 @@ def make_loader(
     generator = torch.Generator()
     generator.manual_seed(0)
     return DataLoader(
-        StepDataset(rows, order, packed=packed, rank=rank, world_size=world_size),
+        StepDataset(rows, order, process_index=process_index, num_processes=num_processes, collate=collate),
         batch_size=None,
         sampler=_From(start, stop),
         num_workers=num_workers,

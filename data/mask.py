@@ -129,7 +129,8 @@ class TemplateMask:
         """How much of the literal between two contents is not part of the generation prompt.
 
         Only what follows the last content is compared: what comes earlier may be another text while the turn
-        is the last one (a system prompt that moves into the last question)."""
+        is the last one (a system prompt that moves into the last question).
+        """
         try:
             prompt = render(self._tokenizer, skeleton, generation_prompt=True)
         except RowProblem:  # a template may refuse a part of a conversation

@@ -6,6 +6,9 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def split_rows(
     lengths: Sequence[int],
@@ -21,8 +24,9 @@ def split_rows(
     are. A single row above the limit is a micro-batch of its own. `micro_rows` limits the rows of each. With
     neither limit there is one micro-batch for each of `multiple`.
 
-    Their number is a multiple of `multiple` (the number of processes); none is empty unless there are fewer
-    rows than that, when the last ones are `[]`, which collate turns into one token without a target.
+    Their number is a multiple of `multiple` (the number of processes). None is empty, except where the rows
+    do not go round (fewer rows than processes; nine rows of which no two fit together, for eight): then the
+    last ones are `[]`, which collate turns into one token without a target.
     """
     if not lengths:
         return [[] for _ in range(multiple)]
@@ -108,3 +112,31 @@ def _divide(batches: list[list[int]], multiple: int) -> None:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def costliest(lengths: NDArray[np.int32], *, packed: bool, capacity: float, most: float) -> NDArray[np.int64]:
+    """Rows of the worst micro-batch that `capacity` tokens and `most` rows allow, the longest row in it if
+    possible.
+
+    Packed: the longest row, then always the longest that still fits. Padded: the rectangle with the largest
+    area, and of those within 3 % of it the one with the longest rows (attention grows with their square).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    sizes = lengths[order].astype(np.int64)
+    if not packed:
+        counts = np.minimum(np.maximum(1, capacity // sizes), min(most, len(sizes)))
+        # The rows of a rectangle are those from its longest on.
+        counts = np.minimum(counts, len(sizes) - np.arange(len(sizes))).astype(np.int64)
+        areas = counts * sizes
+        start = int(np.argmax(areas >= 0.97 * areas.max()))
+        return order[start : start + counts[start]]
+    chosen = [0]
+    room = capacity - sizes[0]
+    while len(chosen) < most:
+        # `sizes` descend: the first one that fits, and comes after the last one taken.
+        place = max(chosen[-1] + 1, int(np.searchsorted(-sizes, -room)))
+        if place >= len(sizes) or room <= 0:
+            break
+        chosen.append(place)
+        room -= sizes[place]
+    return order[chosen]

@@ -14,15 +14,15 @@ depend on the number of processes or on the size of micro-batches, and long rows
 in any other: lengths matter only inside a step.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..recipes.errors import UserError
-from .micro_batches import split_rows
+from .micro_batches import costliest, split_rows
 from .rows import TokenRows
 
 _EPOCHS_KEPT = 2
@@ -37,7 +37,9 @@ class Step:
     epoch: float
     """Epochs completed when this step is done."""
     micro_batches: list[list[int]]
-    """Rows of each; rank r of w takes `[r::w]`."""
+    """Rows of each; rank r of w takes `[r::w]`. `[]` only where the rows do not go round, see
+    `split_rows`.
+    """
     tokens: int
     trained_tokens: int
     """Targets of the loss in the whole step, over all ranks: what the summed loss is divided by."""
@@ -75,9 +77,8 @@ class Order:
         self._seed = seed
         self._lengths = rows.lengths
         self._trained = np.asarray(rows.trained_counts)
-        self._split = partial(
-            split_rows, packed=packed, micro_tokens=micro_tokens, micro_rows=micro_rows, multiple=world_size
-        )
+        self.packed = packed
+        self._micro_tokens, self._micro_rows, self._world_size = micro_tokens, micro_rows, world_size
         source = np.asarray(rows.source)
         self._members = [np.flatnonzero(source == number) for number in range(len(rows.weights))]
         self._shares = [
@@ -120,23 +121,44 @@ class Order:
         return self._make(index, start / self.rows_per_epoch, np.concatenate(pieces))
 
     def longest_step(self) -> Step:
-        """The worst case: the longest rows of all, as many as fill one step. Its first micro-batch is the
-        most costly.
+        """The worst case, for the first probe: for each rank the most costly micro-batch that any step may
+        hold.
 
-        It belongs to no epoch (`index` is -1).
+        Twice, if steps have more than one: the second one finds the gradients of the first in memory. It
+        belongs to no epoch (`index` is -1).
         """
-        longest = np.argsort(-self._lengths, kind="stable")
+        longest = int(self._lengths.max())
         if self._batch_rows is not None:
-            return self._make(-1, 0.0, np.resize(longest, self._batch_rows))
-        assert self._batch_tokens is not None
-        count = (
-            int(np.searchsorted(np.cumsum(self._lengths[longest], dtype=np.int64), self._batch_tokens)) + 1
+            step_tokens = float(self._batch_rows) * longest
+        else:
+            step_tokens = self.tokens_per_epoch / self.steps_per_epoch + longest
+        share = 1 if self._micro_tokens or self._micro_rows else self._world_size
+        worst = costliest(
+            self._lengths,
+            packed=self.packed,
+            capacity=min(self._micro_tokens or math.inf, step_tokens / share),
+            most=min(self._micro_rows or math.inf, -(-(self._batch_rows or self.rows_per_epoch) // share)),
+        ).tolist()
+        times = 2 if len(self.step(0).micro_batches) > self._world_size else 1
+        copies = self._world_size * times
+        return Step(
+            index=-1,
+            epoch=0.0,
+            micro_batches=[list(worst) for _ in range(copies)],
+            tokens=copies * int(self._lengths[worst].sum(dtype=np.int64)),
+            trained_tokens=copies * int(self._trained[worst].sum(dtype=np.int64)),
+            rows=copies * len(worst),
         )
-        return self._make(-1, 0.0, longest[:count])
 
     def _make(self, index: int, epoch: float, chosen: NDArray[np.int64]) -> Step:
         lengths = self._lengths[chosen]
-        batches = self._split(lengths.tolist())
+        batches = split_rows(
+            lengths.tolist(),
+            packed=self.packed,
+            micro_tokens=self._micro_tokens,
+            micro_rows=self._micro_rows,
+            multiple=self._world_size,
+        )
         rows = chosen.tolist()
         return Step(
             index=index,

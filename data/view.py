@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .prepare import Prepared
+from .prepared import Prepared
 from .report import DataReport
 from .rows import TokenRows
 

@@ -52,6 +52,8 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a cached folder, or None."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if not index:
+            return f"{INDEX} is empty"
         for name, (size, digest) in index.items():
             path = folder / name
             if path.stat().st_size != size or checksum(path) != digest:

@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ def gather(
     seed: int,
     limit: int | None,
     report: DataReport,
+    progress: Callable[[int], None] | None = None,
 ) -> Gathered:
     """Read and tokenise the sources; each adds its SourceReport to `report.sources`.
 
@@ -104,7 +105,9 @@ def gather(
         counts = SourceReport(given.label, role, source.weight)
         report.sources.append(counts)
         reading = _Reading(data, seed, limit, encoder, counts, gathered, number)
-        reading.read(given, source)
+        for _ in reading.read(given, source):
+            if progress is not None:
+                progress(report.rows_read)
     if encoder.eos_added:
         report.notes.append(
             f"the chat template puts no special token behind the last turn: {tokenizer.eos_token} is added "
@@ -127,7 +130,8 @@ class _Reading:
     longest: tuple[int, str] = (0, "")
     too_long: int = 0
 
-    def read(self, given: Input, source: Source) -> None:
+    def read(self, given: Input, source: Source) -> Iterator[None]:
+        """Take all rows of the source, and yield after every chunk of them."""
         rows = given.rows()
         first = list(itertools.islice(rows, SAMPLE_ROWS))
         if not first:
@@ -136,6 +140,7 @@ class _Reading:
         chosen = self._format(sample, source, given.label) if sample else None
         for chunk in _chunks(itertools.chain(first, rows)):
             self._take(chunk, chosen)
+            yield
         self._complain(given.label)
 
     def _format(self, sample: list[Mapping[str, Any]], source: Source, label: str) -> Format:

@@ -4,6 +4,7 @@ cache.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,13 @@ def prepare(
     seed: int,
     cache_dir: Path | None = None,
     max_length: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Prepared:
     """Prepare the rows, or take them from the cache.
 
     `seed` decides the held-out split where `data.seed` does not; `max_length` is the limit where
-    `data.max_length` is automatic (None: the longest row).
+    `data.max_length` is automatic (None: the longest row). `progress` is called with the number of rows read
+    so far, every few thousand rows.
 
     Raises:
         UserError: a source, a row (with on_bad_row=error) or the whole cannot be trained on.
@@ -70,16 +73,17 @@ def prepare(
         if damage is None:
             return _load(folder, started)
         notes.append(f"the prepared data in {folder} is damaged ({damage}): built again")
-    prepared = _build(data, tokenizer, seed, limit, train, held)
+    prepared = _build(data, tokenizer, seed, limit, train, held, progress)
     report = prepared.report
-    report.notes += notes
     try:
         store(folder, lambda aside: _write(prepared, aside))
     except OSError as error:
         # Training can go on from memory; only the next start is slower.
+        report.notes += notes
         report.notes.append(f"the prepared data could not be kept in {folder}: {error.strerror or error}")
         report.seconds = time.monotonic() - started
         return prepared
+    report.notes += notes
     report.cache_path = str(folder)
     report.seconds = time.monotonic() - started
     weights = prepared.train.weights
@@ -118,12 +122,33 @@ def _build(
     limit: int | None,
     train: list[Input],
     held: list[Input],
+    progress: Callable[[int], None] | None,
 ) -> Prepared:
     report = DataReport(max_length=limit)
-    rows = gather(train, data.train, data, tokenizer, role="train", seed=seed, limit=limit, report=report)
+    rows = gather(
+        train,
+        data.train,
+        data,
+        tokenizer,
+        role="train",
+        seed=seed,
+        limit=limit,
+        report=report,
+        progress=progress,
+    )
     others: Gathered | None = None
     if isinstance(data.eval, list):
-        others = gather(held, data.eval, data, tokenizer, role="eval", seed=seed, limit=limit, report=report)
+        others = gather(
+            held,
+            data.eval,
+            data,
+            tokenizer,
+            role="eval",
+            seed=seed,
+            limit=limit,
+            report=report,
+            progress=progress,
+        )
         mask = np.zeros(len(rows), dtype=np.bool_)
         shared = int(np.isin(others.hash_array(), rows.hash_array()).sum())
         if shared:

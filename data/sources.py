@@ -121,7 +121,7 @@ def _package_files(given: str) -> tuple[Path, ...]:
     root = Path(next(iter(spec.submodule_search_locations))).resolve()
     matches = sorted(root.glob(pattern))
     if len(matches) == 1 and matches[0].is_dir():
-        return _below(matches[0])
+        matches = sorted(path for path in matches[0].rglob("*") if path.suffix.lower() in READERS)
     # A link that leads out of the package is not a file of the package.
     files = tuple(_known(path) for path in matches if path.is_file() and path.resolve().is_relative_to(root))
     if not files:

@@ -134,9 +134,9 @@ def _inputs(setting: Setting, tokens: int, device: torch.device) -> dict[str, An
 def _run_head(
     recipe: Recipe, facts: ModelFacts, device: torch.device, setting: Setting
 ) -> tuple[Polyline, Line, Line]:
-    """(peak bytes, seconds of both passes, seconds of the forward pass) over trained tokens.
+    """(peak bytes, seconds of both passes, seconds of the forward pass), over trained tokens.
 
-    Measured at half a chunk of the loss, one and two: from two on only the hidden states grow (each about four
+    Measured at half a chunk of the loss, one, and two: from there only the hidden states grow (each about 4
     times: gathered, cast, its gradient, and that gradient put back among all positions).
     """
     trained = recipe.adapter is None

@@ -32,16 +32,13 @@ def explain(
     elif chosen.worst_tokens > chosen.micro_tokens:
         reasons["micro_tokens"] = f"a row of {chosen.worst_tokens} tokens is a micro-batch of its own"
     else:
-        reasons["micro_tokens"] = (
-            f"enough for full speed, and fits ({1e6 * chosen.seconds_per_token:.0f} µs a token)"
-        )
+        speed = f"{1e6 * chosen.seconds_per_token:.0f} µs a token"
+        reasons["micro_tokens"] = f"enough for full speed, and fits; {speed}"
     wanted = recipe.train.activation_checkpointing
     if wanted is not None:
         reasons["activation_checkpointing"] = f"train.activation_checkpointing={str(wanted).lower()}"
     elif chosen.checkpointing:
-        reasons["activation_checkpointing"] = (
-            "without it the activations do not fit; costs about a third more"
-        )
+        reasons["activation_checkpointing"] = "needed: the activations do not fit; about a third slower"
     else:
         reasons["activation_checkpointing"] = f"not needed: {gigabytes(needed)} of {gigabytes(limit)}"
     if recipe.optimizer.learning_rate is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from ..recipes.choices import LoraAdapter
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+# said by PEFT, and answered: storage.py converts rsLoRA with patterns too, and PEFT itself uses the old name
+_ANSWERED = (
+    "lora with eva initialization used with low_cpu_mem_usage",
+    "`is_gradient_checkpointing` is deprecated",
+    "Using Rank-Stabilized LoRA with rank_pat",
+)
 
 
-def lora_config(adapter: LoraAdapter, facts: Facts, *, fused: bool = False) -> LoraConfig:
+def lora_config(adapter: LoraAdapter, facts: Facts) -> LoraConfig:
     """PEFT's configuration of `adapter` for the model of `facts`.
-
-    `fused` lets `ops.lora.FusedLoraLinear` stand in for PEFT's own layer where the adapter is plain LoRA;
-    saving and merging stay PEFT's.
 
     Raises:
         UserError: a name that matches nothing, or options that exclude each other.
@@ -79,10 +83,6 @@ def lora_config(adapter: LoraAdapter, facts: Facts, *, fused: bool = False) -> L
             "  Leave exclude_modules or layers_to_transform out."
         )
     check_patterns(adapter, targeted)
-    if fused and not adapter.use_dora:
-        from ..ops.lora import FusedLoraLinear
-
-        config._register_custom_module({nn.Linear: FusedLoraLinear})
     return config
 
 
@@ -105,7 +105,6 @@ def attach(
     eva_batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
     original_weight: Callable[[str], torch.Tensor] | None = None,
     saved: Path | None = None,
-    fused: bool = False,
     checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none",
 ) -> nn.Module:
     """Make `model` trainable: with an adapter in float32 on the frozen base (a PeftModel), or whole.
@@ -134,7 +133,7 @@ def attach(
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    config = lora_config(adapter, facts, fused=fused and not four_bit)
+    config = lora_config(adapter, facts)
     start = adapter.init_lora_weights
     if start == "eva" and saved is not None:
         config = PeftLoraConfig.from_pretrained(str(saved))
@@ -148,7 +147,10 @@ def attach(
             "hold.\n"
             "  With model.load_in_4bit use loftq (made for it), eva or true; or model.load_in_4bit=false"
         )
-    with torch.random.fork_rng():
+    model.name_or_path = facts.source  # PEFT writes this into adapter_config.json
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        for said in _ANSWERED:
+            warnings.filterwarnings("ignore", message=said)
         torch.manual_seed(seed)
         wrapped: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
         if start == "loftq":
@@ -161,7 +163,9 @@ def attach(
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    if isinstance(start, str) and start.startswith(("pissa", "olora", "loftq")):
+    # one round of LoftQ leaves a 4-bit base as it was loaded: the adapter fits that as it is
+    keeps_base = start == "loftq" and four_bit and adapter.loftq_iter == 1
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "loftq")) and not keeps_base:
         whole_adapter: Any = wrapped
         whole_adapter.initial_adapter = remember_start(wrapped)
     if checkpointing == "reentrant":

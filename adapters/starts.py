@@ -33,7 +33,8 @@ def remember_start(model: torch.nn.Module) -> InitialAdapter:
     """A copy of the adapter's weights on the CPU, as PEFT names them in files."""
     from peft import get_peft_model_state_dict
 
-    return {name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(model).items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.detach().cpu().clone() for name, value in state.items()}
 
 
 @torch.no_grad()

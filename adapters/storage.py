@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..recipes.errors import UserError
+from .starts import lora_layers
 
 _WEIGHTS = "adapter_model.safetensors"
+# else PEFT asks the hub whether the vocabulary has grown; here it never does, and modules_to_save are kept
+# anyway
+_OWN_LAYERS: dict[str, Any] = {"save_embedding_layers": False}
 
 
 def save_adapter(model: Any, folder: Path, *, portable: bool = False) -> None:
     """Write the adapter of a PeftModel to `folder`.
 
     portable: the adapter must fit the base as it was published. PiSSA, OLoRA and LoftQ changed their base, so
-    theirs is written as a plain one of twice the rank (trained minus initial). For checkpoints leave it off:
-    they are loaded into a model that was built the same way.
+    theirs is written as a plain one of twice the rank: s (B A - B0 A0) = s [B, -B0] [A; A0], with A0 and B0
+    where it started. For checkpoints leave it off: they are loaded into a model that was built the same way.
     """
     initial = getattr(model, "initial_adapter", None)
     if not portable or initial is None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **_OWN_LAYERS)
         return
-    config = model.peft_config["default"]
-    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
-        raise UserError(
-            f"adapter: {config.init_lora_weights} with use_rslora and a rank or alpha pattern cannot be "
-            "written as an "
-            "adapter for the unchanged base.\n  Export the merged model:  export=merged"
-        )
+    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix="shoestring-") as start:
-        save_file(initial, Path(start) / _WEIGHTS)
-        values = config.to_dict() | {"init_lora_weights": True, "inference_mode": False}
-        type(config)(
-            **{key: value for key, value in values.items() if key in _fields(config)}
-        ).save_pretrained(start)
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
-
-
-def _fields(config: Any) -> set[str]:
-    from dataclasses import fields
-
-    return {field.name for field in fields(config) if field.init}
+    state = dict(get_peft_model_state_dict(model, **_OWN_LAYERS))
+    for name, start in initial.items():
+        now = state[name].detach().cpu()
+        if ".lora_A." in name:
+            state[name] = torch.cat([now, start]).contiguous()
+        elif ".lora_B." in name:
+            state[name] = torch.cat([now, -start], dim=1).contiguous()
+    config = copy.deepcopy(model.peft_config["default"])
+    ranks = {name: 2 * layer.r["default"] for name, layer in lora_layers(model)}
+    scales = {name: layer.scaling["default"] for name, layer in lora_layers(model)}
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.rank_pattern = {name: rank for name, rank in ranks.items() if rank != config.r}
+    # rsLoRA divides by the root of the rank, which has changed: written as plain alpha / rank
+    config.alpha_pattern = {
+        name: scale * ranks[name]
+        for name, scale in scales.items()
+        if config.use_rslora or scale * ranks[name] != config.lora_alpha
+    }
+    config.use_rslora, config.init_lora_weights, config.inference_mode = False, True, True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / _WEIGHTS)
+    config.save_pretrained(folder)
 
 
 def load_adapter_state(model: Any, folder: Path) -> None:
@@ -62,7 +69,7 @@ def load_adapter_state(model: Any, folder: Path) -> None:
     if not file.is_file():
         raise UserError(f"{folder} has no {_WEIGHTS}, so it holds no adapter.")
     saved = load_file(file)
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(model, **_OWN_LAYERS)
     missing, unexpected = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
     if missing or unexpected:
         first = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the model"

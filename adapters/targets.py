@@ -101,10 +101,12 @@ def _check_expression(key: str, expression: str, adaptable: Sequence[str], every
     compiled = _compiled(key, expression)
     if not any(compiled.fullmatch(name) for name in adaptable):
         short = dict.fromkeys(_short_names(adaptable))
+        meant = [part for part in expression.split("|") if part in short]
+        names = ", ".join(meant) or _nearest(expression, short)
         raise UserError(
             f"{key}: the regular expression {expression!r} matches no module; it must match a whole name, "
-            "such as "
-            f"{adaptable[-1]!r}.\n  Did you mean a list?  target_modules: [{_nearest(expression, short)}]"
+            "such "
+            f"as {adaptable[-1]!r}.\n  Did you mean a list?  target_modules: [{names}]"
         )
     wrong = [name for name in every if name and compiled.fullmatch(name) and name not in adaptable]
     if wrong:

@@ -55,7 +55,9 @@ class ModelFacts:
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: names and shapes of everything, no memory."""
-        return build_skeleton(self.config, self.trust_remote_code)
+        model = build_skeleton(self.config, self.trust_remote_code)
+        model.name_or_path = self.source
+        return model
 
 
 def build_skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

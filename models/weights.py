@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,9 +64,24 @@ def load_model(
                 f"{str(error).splitlines()[0]}\n  Leave the key out: auto is sdpa or the packed attention "
                 "of shoestring."
             ) from error
+    if model.load_in_4bit:
+        keep_four_bit_layout(loaded)
     loaded.config._name_or_path = facts.source
     loaded.name_or_path = facts.source
     return loaded
+
+
+def keep_four_bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights the first time that they run in evaluation mode.
+
+    On CPUs with AVX512-BF16 it stores them in another layout for inference, rounds the scales to bfloat16,
+    and from then on computes without autograd: training after an evaluation would get no gradient through the
+    base, and dequantising would give noise.
+    """
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _four_bit(model: ModelConfig, dtype: torch.dtype) -> Any:

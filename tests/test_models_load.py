@@ -100,6 +100,28 @@ def test_a_four_bit_base_computes_and_passes_gradients(folder: Path) -> None:
     assert torch.equal(reader(name), whole.state_dict()[name].float())
 
 
+def test_an_evaluation_leaves_a_four_bit_base_as_it_was(folder: Path) -> None:
+    """bitsandbytes repacks weights in evaluation mode on some CPUs, after which nothing can be trained."""
+    pytest.importorskip("bitsandbytes")
+    keys = recipe(folder, load_in_4bit=True)
+    model = load_model(read_facts(keys), keys, device=CPU, dtype=torch.bfloat16).eval()
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.data.clone()
+    embedded = model.get_input_embeddings()(torch.arange(8)[None]).detach()
+
+    def gradient() -> torch.Tensor:
+        inputs = embedded.clone().requires_grad_()
+        model.train()(inputs_embeds=inputs).logits.float().square().sum().backward()
+        assert inputs.grad is not None
+        return inputs.grad
+
+    first = gradient()
+    with torch.no_grad():
+        model.eval()(inputs_embeds=embedded)
+    assert torch.equal(layer.weight.data, before)
+    assert torch.equal(gradient(), first)
+
+
 def test_bitsandbytes_missing_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     keys = recipe(folder, load_in_4bit=True)

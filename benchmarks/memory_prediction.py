@@ -27,7 +27,7 @@ RECIPES: dict[str, tuple[list[str], tuple[int, int]]] = {
     "long": ([], (2400, 3000)),
     "short": ([], (5, 20)),
 }
-WORDS = ("the", "of", "and", "a", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on")  # fmt: skip
+WORDS = ("the", "of", "and", "a", "to", "in", "is", "you", "that", "it", "he", "was", "for", "on")
 
 
 def write_rows(path: Path, length: tuple[int, int], count: int = 300) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,25 @@ from ..models.facts import ModelFacts
 from ..ops import cross_entropy_sum
 from ..ops.cross_entropy import FROZEN_CHUNK, TRAINED_CHUNK
 from ..recipes import Recipe
+from . import defaults
 from .curves import Line, Polyline, line_through, plane_through
 from .live_bytes import LiveBytes
 from .measurement import Measurement, Setting
 from .replica import VOCABULARY, build_replica
 
 LAYERS = (1, 2)
+
+
+@dataclass
+class _Patience:
+    """On a machine that is busy with other work the runs that only sharpen the timing are left out."""
+
+    seconds: float
+    started: float = field(default_factory=time.perf_counter)
+
+    def left(self) -> bool:
+        """Whether there is time for more than the least."""
+        return time.perf_counter() - self.started < self.seconds
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ def measure(recipe: Recipe, facts: ModelFacts, device: torch.device, setting: Se
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         points: dict[tuple[int, int], _Point] = {}
+        patience = _Patience(defaults.MEASURE_SECONDS)
         for layers in LAYERS:
             model = build_replica(
                 recipe,
@@ -54,7 +68,7 @@ def measure(recipe: Recipe, facts: ModelFacts, device: torch.device, setting: Se
                 checkpointing=setting.checkpointing,
             )
             for tokens in setting.tokens:
-                points[layers, tokens] = _run_layers(model, device, setting, tokens)
+                points[layers, tokens] = _run_layers(model, device, setting, tokens, patience)
             del model
         head = _run_head(recipe, facts, device, setting)
     if device.type == "cuda":
@@ -82,7 +96,9 @@ def _precision(setting: Setting, device: torch.device) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _run_layers(model: nn.Module, device: torch.device, setting: Setting, tokens: int) -> _Point:
+def _run_layers(
+    model: nn.Module, device: torch.device, setting: Setting, tokens: int, patience: _Patience
+) -> _Point:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder = base.get_decoder()
     inputs = _inputs(setting, tokens, device)
@@ -96,17 +112,24 @@ def _run_layers(model: nn.Module, device: torch.device, setting: Setting, tokens
         hidden = forward()
         torch.autograd.backward(hidden, torch.ones_like(hidden))
 
-    both()  # gradients are there from now on, as in every micro-batch but a step's first
-    with LiveBytes(device) as live:
+    if tokens == setting.tokens[0]:
+        both()  # gradients are there from now on, as in every micro-batch but a step's first
+    saved = 0
+
+    def watched() -> None:
+        nonlocal saved
         hidden = forward()
         saved = live.now
         torch.autograd.backward(hidden, torch.ones_like(hidden))
-        del hidden
+
+    with LiveBytes(device) as live:
+        seconds = _seconds(watched, device, 1)
         peak = live.peak
-    seconds = _seconds(both, device, setting.repeats)
-    with torch.no_grad():
-        forward_seconds = _seconds(forward, device, 1)
-    model.zero_grad(set_to_none=True)
+    forward_seconds = seconds / 3
+    if patience.left():
+        seconds = min(seconds, _seconds(both, device, setting.repeats))
+        with torch.no_grad():
+            forward_seconds = _seconds(forward, device, 1)
     return _Point(saved, peak, seconds, forward_seconds)
 
 
@@ -147,10 +170,8 @@ def _run_head(
         weight.grad = torch.zeros_like(weight)
     chunk = max(2, (TRAINED_CHUNK if trained else FROZEN_CHUNK) // facts.vocab_size)
     counts = (chunk // 2, chunk, 2 * chunk)
-    warm = _head_point(facts, device, setting, weight, counts[0])
-    first, *more = [_head_point(facts, device, setting, weight, count) for count in counts]
-    first = (first[0], min(first[1], warm[1]), min(first[2], warm[2]))
-    points = [first, *more]
+    _head_point(facts, device, setting, weight, 1)  # warm
+    points = [_head_point(facts, device, setting, weight, count) for count in counts]
     bytes_ = Polyline(
         tuple((float(count), point[0]) for count, point in zip(counts, points, strict=True)),
         4.0 * facts.hidden_size * dtype.itemsize,

@@ -14,7 +14,10 @@ from math import sqrt
 # always use them again for rows of other lengths, oneDNN keeps scratch pads and compiled kernels. Fitted to
 # the peaks of benchmarks/memory_prediction.py, 0.6 to 3 GB of activations.
 HOST_SLACK_BYTES = 180 << 20
-HOST_SLACK_SHARE = 0.30
+HOST_SLACK_SHARE = 0.35
+# On a 4-bit base each layer takes and frees a dozen blocks (dequantised weights, float32 products) between
+# those that it keeps, and the heap has more holes: 0.8 to 1.1 of the live bytes at 1 to 1.4 GB of them.
+HOST_SLACK_SHARE_4BIT = 0.90
 # Dequantising goes block by block, the rest is read ahead by the file system.
 LOAD_BUFFER_BYTES = 64 << 20
 # CUDA context and libraries on the device, outside torch's allocator.

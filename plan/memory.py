@@ -12,6 +12,7 @@ from .defaults import (
     CUDA_CONTEXT_BYTES,
     HOST_SLACK_BYTES,
     HOST_SLACK_SHARE,
+    HOST_SLACK_SHARE_4BIT,
     LOAD_BUFFER_BYTES,
 )
 
@@ -80,7 +81,9 @@ def footprint(device: str, sizes: Sizes, activations: int, logits: int) -> Footp
         phases = {"load": load, "train": train, "export": export}
         for parts in phases.values():
             parts["libraries"] = sizes.libraries
-        train["other"] = int(HOST_SLACK_BYTES + HOST_SLACK_SHARE * (activations + logits))
+        quantised = sizes.unquantised != sizes.weights
+        share = HOST_SLACK_SHARE_4BIT if quantised else HOST_SLACK_SHARE
+        train["other"] = int(HOST_SLACK_BYTES + share * (activations + logits))
         load["other"] = export["other"] = HOST_SLACK_BYTES
         peak = max(phases.values(), key=lambda parts: sum(parts.values()))
         return Footprint({}, peak, {name: sum(parts.values()) for name, parts in phases.items()})

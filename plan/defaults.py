@@ -12,7 +12,8 @@ from math import sqrt
 
 # On a CPU the process is larger than its live tensors: glibc keeps freed blocks below 32 MB and cannot
 # always use them again for rows of other lengths, oneDNN keeps scratch pads and compiled kernels. Fitted to
-# the peaks of benchmarks/memory_prediction.py, 0.6 to 3 GB of activations.
+# peaks of a bare training loop on a 135M model, 0.6 to 3 GB of activations; benchmarks/memory_prediction.py
+# measures the same through the whole program.
 HOST_SLACK_BYTES = 180 << 20
 HOST_SLACK_SHARE = 0.35
 # On a 4-bit base each layer takes and frees a dozen blocks (dequantised weights, float32 products) between

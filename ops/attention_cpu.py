@@ -7,11 +7,11 @@ docs/performance.md.
     S = scale * Q K^T + mask,  P = softmax(S),  O = P V
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = scale * dS K,  dK = scale * dS^T Q
 
-P is computed again in backward, so a layer keeps Q, K and V only. Queries go in blocks: keys after the block
-are never touched, and the scores of one block stay in the cache. The heads that share a key head are rows
-of one matmul, so keys are never repeated. Scores are rounded to the input's type, the softmax is float32
-inside, as in transformers' eager attention; float32 input is float32 throughout. Plain softmax backward:
-Dao et al., arXiv 2205.14135, section 3.
+Short rows keep their P for backward; longer ones compute it again, so that a layer keeps Q, K and V only.
+Queries go in blocks: keys after the block are never touched, and the scores of one block stay in the cache.
+The heads that share a key head are rows of one matmul, so keys are never repeated. Scores are rounded to the
+input's type, the softmax is float32 inside, as in transformers' eager attention; float32 input is float32
+throughout. Plain softmax backward: Dao et al., arXiv 2205.14135, section 3.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 # Query rows of one block. Scores of 3 heads x 320 x 320 in bf16 are 0.6 MB: they fit a core's L2 cache.
 BLOCK = 320
+# Rows up to this length keep their weights: heads * length values a token, a few times the size of q.
+KEPT = 256
 
 
 def blocked_attention(
@@ -47,21 +49,25 @@ class _BlockedAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
         heads, tokens = query.shape[1:3]
         output = query.new_empty(1, tokens, heads, value.shape[-1])
         mask = _mask(query, segments)
+        kept = []
         for rows, keys in _blocks(segments, window):
             q, k, v = _heads(query, key, rows), key[0, :, keys], value[0, :, keys]
             weights = _weights(q, k, mask, scale, rows, keys, window)
             _store(output, torch.bmm(weights, v), rows)
+            if keys.stop - keys.start <= KEPT and any(ctx.needs_input_grad):
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
+        remaining = iter(kept)
         scale: float = ctx.scale
         grad_query = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         grad_key = torch.empty_like(key.transpose(1, 2), memory_format=torch.contiguous_format)
@@ -72,7 +78,10 @@ class _BlockedAttention(torch.autograd.Function):
         for rows, keys in _blocks(ctx.segments, ctx.window):
             q, k, v = _heads(query, key, rows), key[0, :, keys], value[0, :, keys]
             grad = _heads(grad_output, value, rows)
-            weights = _weights(q, k, mask, scale, rows, keys, ctx.window)
+            if keys.stop - keys.start <= KEPT:
+                weights = next(remaining)
+            else:
+                weights = _weights(q, k, mask, scale, rows, keys, ctx.window)
             grad_weights = torch.bmm(grad, v.transpose(1, 2))
             scores = torch._softmax_backward_data(grad_weights, weights, -1, grad.dtype)
             empty = scores.new_empty(())

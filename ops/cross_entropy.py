@@ -5,9 +5,9 @@
 
 The gradients are computed in forward, where the logits are, and only scaled in backward: no logits are
 computed twice, and what stays in memory is one tensor like `hidden` (and one like the weight, when it is
-trained). The matmuls run in the input's type (autocast is obeyed), softmax and loss in float32, and the
-gradient of the weight is summed over chunks in float32. Idea of the gradient in forward: Hsu et al., Liger
-Kernel, arXiv 2410.10989, section 3.2.
+trained). Logits and probabilities are stored in the input's type (autocast is obeyed); the softmax is
+float32 inside, and the loss and the weight's gradient are summed in float32. Idea of the gradient in forward:
+Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
 
-# Elements of one chunk of logits: 24 MB in bf16 and as much again twice over in float32.
+# Elements of one chunk of logits: 24 MB in bf16, and as much again for the probabilities.
 FROZEN_CHUNK = 12 * 2**20
 # A trained weight adds a pass over a float32 tensor of its size to every chunk: larger chunks, fewer passes.
 TRAINED_CHUNK = 48 * 2**20
@@ -85,29 +85,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=inner, device=h.device) if wants_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=inner, device=h.device) if wants_bias else None
         rows = max(1, (TRAINED_CHUNK if wants_weight else FROZEN_CHUNK) // weight.shape[0])
+        # one set of buffers for all chunks: fresh memory of this size costs more than the arithmetic on it
+        shape = (min(rows, len(h)), weight.shape[0])
+        scores, weights = (torch.empty(shape, dtype=dtype, device=h.device) for _ in range(2))
         with torch.autocast(h.device.type, enabled=False):
             for start in range(0, len(h), rows):
                 part = slice(start, start + rows)
                 column = labels[part, None]
-                logits = nn.functional.linear(h[part], w).to(inner)
+                logits = torch.mm(h[part], w.t(), out=scores[: len(column)])
                 if bias is not None:
                     logits += bias
                 if softcap is not None:
                     logits = logits.div_(softcap).tanh_().mul_(softcap)
-                wanted = logits.gather(1, column)
+                wanted = logits.gather(1, column).to(inner)
                 # the largest logit, and its probability: log-sum-exp without a second pass of exponentials
-                largest = logits.amax(dim=1, keepdim=True)
-                probability = torch.softmax(logits, dim=1)
-                log_sum = largest - probability.amax(dim=1, keepdim=True).log()
+                largest = logits.amax(dim=1, keepdim=True).to(inner)
+                probability = torch.softmax(logits, dim=1, out=weights[: len(column)])
+                log_sum = largest - probability.amax(dim=1, keepdim=True).to(inner).log_()
                 loss += (log_sum - wanted).sum()
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                grad = probability.scatter_add_(1, column, torch.full_like(wanted, -1.0))
+                grad = probability.scatter_add_(1, column, torch.full_like(column, -1.0, dtype=dtype))
                 if softcap is not None:
                     grad.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
                 if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0)
-                grad = grad.to(dtype)
+                    grad_bias += grad.sum(dim=0, dtype=inner)
                 if grad_hidden is not None:
                     torch.mm(grad, w, out=grad_hidden[part])
                 if grad_weight is not None:

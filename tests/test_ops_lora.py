@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from shoestring.ops import use_fused
-from shoestring.ops.lora import FusedLoraLinear, lora_linear, plain_lora, reference
+from shoestring.ops.lora import FusedLoraLinear, Projection, lora_linear, projection_of, reference
 from torch import Tensor, nn
 
 
@@ -42,8 +42,8 @@ def test_output_and_gradients_match_float64(dtype, tolerance, bias) -> None:
     x, w, a, b = (t.to(d) for t, d in zip(exact, (dtype, dtype, master, master), strict=True))
     for leaf in (x, a, b, exact[0], exact[2], exact[3]):
         leaf.requires_grad_()
-    ours = lora_linear(x, w, None if offset is None else offset.to(dtype), a, b, 0.7)
-    theirs = reference(exact[0], exact[1], offset, exact[2], exact[3], 0.7)
+    ours = lora_linear(x, Projection(w, None if offset is None else offset.to(dtype), a, b, 0.7))
+    theirs = reference(exact[0], Projection(exact[1], offset, exact[2], exact[3], 0.7))
     weights = torch.randn(theirs.shape, dtype=torch.float64)
     (ours.double() * weights).sum().backward()
     (theirs * weights).sum().backward()
@@ -61,7 +61,7 @@ def test_output_and_gradients_match_float64(dtype, tolerance, bias) -> None:
 def test_equals_peft(options) -> None:
     model = adapted(**options)
     fused = copy.deepcopy(model)
-    assert use_fused(fused) == ["2 LoRA layers: base and adapter in one operation"]
+    assert use_fused(fused) == ["fused: 2 LoRA layers"]
     assert use_fused(fused) == []
     x = torch.randn(5, 24)
     for name, value in gradients(model, x).items():
@@ -78,7 +78,7 @@ def test_steps_aside_for_what_is_not_plain(options) -> None:
     x = torch.randn(5, 24)
     layers = [m for m in fused.modules() if isinstance(m, FusedLoraLinear)]
     assert layers
-    assert all(plain_lora(layer) is None for layer in layers)
+    assert all(projection_of(layer) is None for layer in layers)
     for name, value in gradients(model, x).items():
         torch.testing.assert_close(gradients(fused, x)[name], value)
 
@@ -88,9 +88,9 @@ def test_dropout_works_in_training_only() -> None:
     use_fused(model)
     layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
     model.train()
-    assert plain_lora(layer) is None
+    assert projection_of(layer) is None
     model.eval()
-    assert plain_lora(layer) is not None
+    assert projection_of(layer) is not None
 
 
 def test_disabled_merged_and_unloaded() -> None:
@@ -116,7 +116,7 @@ def test_two_adapters_at_once_are_left_to_peft() -> None:
     model.base_model.set_adapter(["default", "second"])
     use_fused(model)
     layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
-    assert plain_lora(layer) is None
+    assert projection_of(layer) is None
 
 
 def test_autocast_computes_in_its_type() -> None:
@@ -134,4 +134,4 @@ def test_autocast_computes_in_its_type() -> None:
 def test_a_trained_base_is_refused() -> None:
     weight = torch.randn(8, 24, requires_grad=True)
     with pytest.raises(ValueError, match="the base wants a gradient"):
-        lora_linear(torch.randn(2, 24), weight, None, torch.randn(4, 24), torch.randn(8, 4), 1.0)
+        lora_linear(torch.randn(2, 24), Projection(weight, None, torch.randn(4, 24), torch.randn(8, 4)))

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The run itself: command line, loop, objectives, evaluation, tracking, report and export."""

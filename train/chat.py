@@ -1,0 +1,59 @@
+"""Talk to an exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..recipes.errors import UserError
+from .samples import answer
+from .screen import quiet_libraries
+
+
+def load_final(run: Path) -> tuple[Any, Any]:
+    """The exported model and tokenizer of a run.
+
+    Raises UserError when the run has no final/ yet.
+    """
+    folder = run / "final"
+    if not folder.is_dir():
+        raise UserError(
+            f"{run} has no final/ model.\n"
+            "  Finish the run (the same `shoestring train` command resumes it), or: "
+            f"shoestring export {run} --to merged"
+        )
+    quiet_libraries()
+    dtype = torch.bfloat16
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def chat_with(run: Path, *, max_new_tokens: int) -> None:
+    """Read lines, answer them; an empty line starts a new conversation, Ctrl-D ends."""
+    console = Console()
+    model, tokenizer = load_final(run)
+    console.print(f"[dim]{run / 'final'} · an empty line starts anew · Ctrl-D ends[/dim]")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = console.input("[bold]you>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if not text:
+            messages = []
+            console.print("[dim]new conversation[/dim]")
+            continue
+        messages.append({"role": "user", "content": text})
+        reply = answer(model, tokenizer, [messages], max_new_tokens=max_new_tokens)[0]
+        messages.append({"role": "assistant", "content": reply})
+        console.print(f"[bold cyan]model>[/bold cyan] {reply}", highlight=False)

@@ -1,0 +1,190 @@
+"""The command line: one function a verb; heavy imports only inside the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..recipes.errors import ShoestringError, UserError
+
+app = typer.Typer(
+    name="shoestring",
+    help="The best fine-tune of a large language model that your budget can buy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a preset.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that beat the recipe's.", metavar="[KEY=VALUE]...")
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/cpu-demo.", metavar="RUN")]
+
+
+@app.command(
+    epilog="Examples:   shoestring new     ·     shoestring new cpu-demo > my.yaml     ·     shoestring new gpu-24gb-lora -o my.yaml"
+)
+def new(
+    preset: Annotated[str | None, typer.Argument(help="The preset to copy; none lists them.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here, not to the screen.")] = None,
+) -> None:
+    """Copy a commented recipe to start from; without a name, list them with the hardware they need."""
+    from ..recipes import list_presets, preset_text
+
+    if preset is None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("preset", "hardware", "what it does", box=box.SIMPLE_HEAD)
+        for entry in list_presets():
+            table.add_row(entry.name, entry.hardware, entry.purpose)
+        Console().print(table)
+        return
+    text = preset_text(preset)
+    if output is None:
+        sys.stdout.write(text)
+    elif output.exists():
+        raise UserError(f"{output} exists already; nothing was written. Choose another name with --output.")
+    else:
+        output.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {output}.  Next: shoestring plan {output}")
+
+
+@app.command(epilog="Example:   shoestring check my.yaml data.max_length=1024")
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check schema, files, tokenizer and masks, and show coloured samples; no weights are loaded."""
+    from .inspect import check_recipe
+
+    check_recipe(recipe, overrides or [])
+
+
+@app.command(epilog="Example:   shoestring plan my.yaml budget=2h --json")
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Memory by part, time and cost, before anything is spent; exit code 3 if it does not fit."""
+    from .inspect import show_plan
+
+    show_plan(recipe, overrides or [], as_json=json)
+
+
+@app.command(
+    epilog="Examples:   shoestring train my.yaml     ·     shoestring train cpu-demo budget=6min --fresh     ·     "
+    "shoestring train my.yaml --num-processes 2"
+)
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, deleting what the run directory holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan, as `shoestring plan`.")] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU groups).")] = 1,
+) -> None:
+    """Plan, train, evaluate, save and export inside the budget; the same command resumes a stopped run."""
+    from .launch import launch, process_start
+
+    started = process_start()
+    if dry_run:
+        from .inspect import show_plan
+
+        show_plan(recipe, overrides or [], as_json=False)
+        return
+    if num_processes > 1:
+        arguments = [recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
+        raise typer.Exit(launch(arguments, num_processes))
+    from .run import train_recipe
+
+    code = train_recipe(recipe, overrides or [], fresh=fresh, started=started)
+    raise typer.Exit(code)
+
+
+@app.command(name="eval", epilog="Example:   shoestring eval runs/cpu-demo --data more.jsonl")
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str | None, typer.Option(help="Other data than the run's own held-out rows.")] = None,
+) -> None:
+    """Held-out loss of a run's exported model."""
+    from .inspect import evaluate_run
+
+    evaluate_run(run, data)
+
+
+@app.command(epilog="Example:   shoestring chat runs/cpu-demo")
+def chat(
+    run: RunArgument,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+) -> None:
+    """Talk to the exported model, through the template it was trained with."""
+    from .chat import chat_with
+
+    chat_with(run, max_new_tokens=max_new_tokens)
+
+
+@app.command(epilog="Example:   shoestring export runs/cpu-demo --to adapter")
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
+    checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = "last",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/export-TO.")] = None,
+) -> None:
+    """Export a checkpoint of a run, checked by loading it again."""
+    from .reexport import export_run
+
+    export_run(run, to=to, checkpoint=checkpoint, output=output)
+
+
+@app.command(epilog="Example:   shoestring report runs/a runs/b --output compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.", metavar="RUN...")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html.")] = None,
+) -> None:
+    """Write the report of one run, or of several side by side, as one offline HTML file."""
+    from .report import write_report
+
+    for run in runs:
+        if not (run / "resolved.yaml").is_file():
+            raise UserError(f"{run} is no run directory: it has no resolved.yaml.  Runs lie under runs/ by default.")
+    if output is None:
+        output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    write_report(runs, output)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors and other tools."""
+    import json
+
+    from ..recipes import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, how quick it is, and which optional parts are missing."""
+    from .doctor import examine
+
+    examine()
+
+
+def main() -> None:
+    """Entry point: exit codes 0 done, 1 our fault, 2 the user's mistake, 3 does not fit, 4 diverged, 130, 143."""
+    try:
+        app()
+    except ShoestringError as error:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(str(error), markup=False, style="red" if console.is_terminal else "")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

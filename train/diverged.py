@@ -1,0 +1,61 @@
+"""Which layer and which batch made the loss or a gradient non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from .engine import NativeEngine
+
+
+def find_culprit(engine: NativeEngine, batches: Sequence[Batch]) -> str:
+    """One line: the first module whose output (or the first parameter whose gradient) is not finite.
+
+    Runs the step's micro-batches once more, watched by hooks. Costs one step, once, at the end of a run
+    that has failed.
+    """
+    model = engine.loss_module.model
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"the weight {name} is not finite"
+    for batch in batches:
+        rows = ", ".join(str(row) for row in batch.rows[:8]) + (" ..." if len(batch.rows) > 8 else "")
+        engine.optimizer.zero_grad(set_to_none=True)
+        module_name, loss = _watched_forward(engine, batch)
+        if module_name is not None:
+            return f"first non-finite output: {module_name}, in the batch of training rows {rows}"
+        if not bool(torch.isfinite(loss)):
+            return f"first non-finite value: the loss itself, in the batch of training rows {rows}"
+        loss.backward()
+        for name, parameter in engine.parameters.items():
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                return f"first non-finite gradient: {name}, in the batch of training rows {rows}"
+    return "not found again on a second pass over the step's rows"
+
+
+def _watched_forward(engine: NativeEngine, batch: Batch) -> tuple[str | None, Tensor]:
+    found: list[str] = []
+
+    def watch(name: str) -> object:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+                found.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name))  # type: ignore[arg-type]  # torch types the hook too narrowly
+        for name, module in engine.loss_module.model.named_modules()
+        if name
+    ]
+    try:
+        with engine.precision():
+            loss = engine.loss_module(batch.to(engine.accelerator.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (found[0] if found else None), loss

@@ -1,0 +1,255 @@
+"""The loop, from top to bottom.
+
+Nothing here knows what an adapter, a quantised weight or a packed batch is: the parts of `Run` do. One step
+is: ask the clock, set the rate, accumulate, clip, step, record; then whatever is due.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint import prune, random_state, save, set_best, set_random_state
+from ..data import Order, Prepared, Step, training_batches
+from ..optimizers import set_rate
+from ..plan import Plan
+from ..recipes import Recipe
+from ..recipes.errors import DivergedError
+from ..schedules import Cadence, Clock
+from .diverged import find_culprit
+from .engine import Interrupted, NativeEngine
+from .evaluation import EvalResult, evaluate
+from .meters import Memory
+from .rundir import RunDir
+from .screen import Screen
+from .signals import StopRequest
+from .tracking import Tracking
+
+
+@dataclass
+class State:
+    """What has happened so far; all of it goes into every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    epoch: float = 0.0
+    train_loss: float | None = None
+    learning_rate: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    evals_without_gain: int = 0
+    last_saved: int = -1
+    samples_before: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """All parts of one run, built by `run.py`."""
+
+    recipe: Recipe
+    plan: Plan
+    accelerator: Accelerator
+    engine: NativeEngine
+    tokenizer: PreTrainedTokenizerBase
+    schedule: Callable[[float], float]
+    clock: Clock
+    order: Order
+    data: Prepared
+    run_dir: RunDir
+    tracking: Tracking
+    screen: Screen
+    memory: Memory
+    stop: StopRequest
+    identity: dict[str, Any]
+    eval_due: Cadence
+    save_due: Cadence
+    state: State = field(default_factory=State)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and decides."""
+        return bool(self.accelerator.is_main_process)
+
+
+def train_loop(run: Run) -> str:
+    """Step until the budget, a signal or early stopping ends it; returns the reason.
+
+    Raises DivergedError (after saving the last good state) at the first non-finite loss or gradient.
+    """
+    state = run.state
+    settings = run.recipe.optimizer
+    batches = training_batches(
+        run.data.train,
+        run.order,
+        start=state.step,
+        process_index=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
+        num_workers=run.recipe.data.num_workers,
+        collate=run.engine.loss_module.objective.collate,
+    )
+    run.engine.loss_module.train()
+    for step, micro_batches in batches:
+        permit = agree(run, lambda step=step: _permit(run, step))
+        if not permit.go:
+            return str(permit.stop_reason)
+        boundary = random_state()
+        rate = run.plan.learning_rate * run.schedule(permit.progress)
+        set_rate(run.engine.optimizer, rate)
+        began = time.monotonic()
+        try:
+            loss_sum = run.engine.forward_backward(micro_batches, step.trained_tokens, _interrupt(run))
+        except Interrupted:
+            set_random_state(boundary)
+            return run.stop.name
+        grad_norm = float(run.engine.step(settings.max_grad_norm))
+        loss = float(loss_sum) / step.trained_tokens
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            set_random_state(boundary)
+            _diverged(run, step, micro_batches, loss, grad_norm)
+        seconds = time.monotonic() - began
+        run.clock.finish_step(seconds=seconds, tokens=step.tokens, epochs=step.epoch)
+        state.step += 1
+        state.tokens += step.tokens
+        state.trained_tokens += step.trained_tokens
+        state.epoch = step.epoch
+        state.train_loss = loss
+        state.learning_rate = rate
+        _record(run, loss, rate, grad_norm, step.tokens / seconds)
+        evaluate_now, save_now = agree(run, lambda: (_due(run, run.eval_due), _due(run, run.save_due)))
+        if evaluate_now:
+            improved = evaluate_and_record(run)
+            save_now |= improved and run.recipe.checkpoint.keep_best
+            patience = run.recipe.eval.early_stopping_patience
+            if patience is not None and state.evals_without_gain >= patience:
+                return "early_stopping"
+        if save_now:
+            save_checkpoint(run)
+    raise AssertionError("the order of training rows has no end")
+
+
+def agree(run: Run, decide: Callable[[], Any]) -> Any:
+    """The main process decides, the others follow: clocks of two processes are never equal."""
+    if run.accelerator.num_processes == 1:
+        return decide()
+    holder = [decide() if run.is_main else None]
+    broadcast_object_list(holder)
+    return holder[0]
+
+
+def _permit(run: Run, step: Step) -> Any:
+    permit = run.clock.plan_step(tokens=step.tokens, epochs=step.epoch)
+    return permit.stopped(run.stop.name) if run.stop() else permit
+
+
+def _interrupt(run: Run) -> Callable[[], bool]:
+    """Within a step only a single process may stop at once: others would wait for it for ever."""
+    return run.stop if run.accelerator.num_processes == 1 else lambda: False
+
+
+def _due(run: Run, cadence: Cadence) -> bool:
+    return cadence.due(step=run.state.step, progress=run.clock.progress, seconds=run.clock.seconds)
+
+
+def _record(run: Run, loss: float, rate: float, grad_norm: float, tokens_per_second: float) -> None:
+    if not run.is_main:
+        return
+    state = run.state
+    record = {
+        "step": state.step,
+        "seconds": run.clock.seconds,
+        "tokens": state.tokens,
+        "progress": run.clock.progress,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "tokens_per_second": tokens_per_second,
+        **run.memory.now(),
+    }
+    if state.step % run.recipe.track.logging_steps == 0:
+        run.tracking.metrics(record)
+    run.screen.step(record | {"finish_in": run.clock.finish_in(), "epoch": state.epoch})
+
+
+def evaluate_and_record(run: Run) -> bool:
+    """Held-out loss into state, events and trackers; True when it is the best so far."""
+    state = run.state
+    with run.clock.spent("eval"):
+        result: EvalResult = evaluate(
+            run.engine,
+            run.accelerator,
+            run.data.eval,
+            micro_tokens=run.plan.micro_tokens,
+            packed=run.plan.packed,
+        )
+    if not math.isfinite(result.loss):
+        raise DivergedError(f"the held-out loss is {result.loss} at step {state.step}; the last checkpoint stands")
+    improved = state.best_eval_loss is None or result.loss < state.best_eval_loss
+    state.eval_loss = result.loss
+    state.best_eval_loss = min(result.loss, state.best_eval_loss or math.inf)
+    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
+    if run.is_main:
+        run.tracking.event("eval", step=state.step, kind="eval", duration=result.seconds, **result.metrics)
+        run.screen.note(f"step {state.step}: held-out loss {result.loss:.4f}" + (" (best)" if improved else ""))
+    return improved
+
+
+def save_checkpoint(run: Run) -> Path | None:
+    """Everything that a resume needs, written by the main process; the path, or None on the others."""
+    state = run.state
+    if state.last_saved == state.step:
+        return None
+    previous, state.last_saved = state.last_saved, state.step
+    path = None
+    if run.is_main:
+        began = time.monotonic()
+        with run.clock.spent("save"):
+            tensors, settings = run.engine.state_dict()
+            trainer = {
+                "state": asdict(state),
+                "clock": run.clock.state_dict(),
+                "cadence": [run.eval_due.state_dict(), run.save_due.state_dict()],
+                "tracking": run.tracking.state_dict(),
+                "identity": run.identity,
+            }
+            try:
+                path = save(
+                    run.run_dir.path,
+                    step=state.step,
+                    tensors=tensors,
+                    json={"trainer": trainer, "random": random_state(), **settings},
+                    copy=run.run_dir.model_writer(run.engine.loss_module.model, run.tokenizer),
+                )
+            except BaseException:
+                state.last_saved = previous
+                raise
+            if state.eval_loss is not None and state.eval_loss == state.best_eval_loss:
+                set_best(run.run_dir.path, path)
+            prune(run.run_dir.path, keep=run.recipe.checkpoint.keep)
+        run.tracking.event("save", step=state.step, kind="save", duration=time.monotonic() - began, path=path.name)
+    run.accelerator.wait_for_everyone()
+    return path
+
+
+def _diverged(run: Run, step: Step, batches: list[Any], loss: float, grad_norm: float) -> None:
+    """The optimizer has not stepped: save what is still good, say where it broke, stop."""
+    where = find_culprit(run.engine, batches)
+    run.engine.optimizer.zero_grad(set_to_none=True)
+    saved = save_checkpoint(run)
+    if run.is_main:
+        run.tracking.event("diverged", step=run.state.step + 1, loss=loss, grad_norm=grad_norm, where=where)
+    raise DivergedError(
+        f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}\n"
+        f"  {where}\n"
+        f"  The state before that step is kept: {saved or 'the last checkpoint'}\n"
+        f"  Try a lower rate: optimizer.learning_rate={run.plan.learning_rate / 3:.1e}"
+    )

@@ -38,7 +38,9 @@ def ours(train: Path, model: Path) -> tuple[float, float]:
         "output_dir": str(run),
     }
     recipe.write_text(yaml.safe_dump(settings))
-    subprocess.run([sys.executable, "-m", "shoestring.train", str(recipe)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "shoestring.train", str(recipe)], check=True, stdout=subprocess.DEVNULL
+    )
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
     summary = json.loads((run / "summary.json").read_text())
     rate = statistics.median(step["tokens_per_second"] for step in steps)

@@ -29,7 +29,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def split(path: Path) -> tuple[Path, Path]:
     """Two files in WORK: the training rows, and the last 200 kept out."""
     if not path.is_file():
-        sys.exit(f"{path} is not there.  Give --gsm8k PATH or set GSM8K; see benchmarks/gsm8k.py for its source")
+        sys.exit(
+            f"{path} is not there.  Give --gsm8k PATH or set GSM8K; see benchmarks/gsm8k.py for its source"
+        )
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     WORK.mkdir(parents=True, exist_ok=True)
     train, held_out = WORK / "gsm8k-train.jsonl", WORK / "gsm8k-held-out.jsonl"
@@ -91,7 +93,9 @@ def answer_loss(folder: Path, held_out: Path) -> float:
             ids, labels = encode(tokenizer, row)
             logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
             target = torch.tensor(labels[1:])
-            total += float(torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(logits, target, ignore_index=-100, reduction="sum")
+            )
             count += int((target != -100).sum())
     return total / count
 

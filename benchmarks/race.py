@@ -38,7 +38,9 @@ def ours(train: Path, model: Path, seconds: float) -> tuple[Path, dict[str, obje
             }
         )
     )
-    subprocess.run([sys.executable, "-m", "shoestring.train", str(recipe)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "shoestring.train", str(recipe)], check=True, stdout=subprocess.DEVNULL
+    )
     return run / "final", json.loads((run / "summary.json").read_text())
 
 
@@ -46,7 +48,16 @@ def trl(train: Path, model: Path, seconds: float, rate: float, steps: int) -> tu
     """TRL's SFTTrainer for at most `seconds`, its linear schedule over `steps`."""
     output = gsm8k.WORK / f"race-trl-{rate:g}"
     command = [sys.executable, str(HERE / "peer_trl.py"), "--model", str(model), "--train", str(train)]
-    command += ["--output", str(output), "--rate", str(rate), "--steps", str(steps), "--seconds", str(seconds)]
+    command += [
+        "--output",
+        str(output),
+        "--rate",
+        str(rate),
+        "--steps",
+        str(steps),
+        "--seconds",
+        str(seconds),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return output, json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -64,7 +75,9 @@ def main() -> None:
 
     def row(name: str, budget: float, result: dict[str, object], folder: Path) -> float:
         loss = gsm8k.answer_loss(folder, held_out)
-        print(f"{name:34} {budget:8.0f} {result['seconds']:7.1f} {result['steps']:6d} {loss:16.4f}", flush=True)
+        print(
+            f"{name:34} {budget:8.0f} {result['seconds']:7.1f} {result['steps']:6d} {loss:16.4f}", flush=True
+        )
         return loss
 
     mine = {}

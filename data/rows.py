@@ -45,6 +45,17 @@ class TokenRows:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.tokens[start:end], self.trained[start:end]
 
+    def part(self, start: int, stop: int) -> "TokenRows":
+        """Rows [start, stop) as a view: nothing is copied."""
+        return TokenRows(
+            self.tokens,
+            self.trained,
+            self.offsets[start : stop + 1],
+            self.trained_counts[start:stop],
+            self.source[start:stop],
+            self.weights,
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Rows on disk travel to another process as a path, not as their content."""
         if self.folder is not None:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import computing_dtype
+
 # Query rows of one block. Scores of 3 heads x 320 x 320 in bf16 are 0.6 MB: they fit a core's L2 cache.
 BLOCK = 320
 # Rows up to this length keep their weights: heads * length values a token, a few times the size of q.
@@ -34,6 +36,8 @@ def blocked_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], scale: float, window: int | None
 ) -> Tensor:
     """query [1, heads, T, d], key and value [1, kv_heads, T, d] -> [1, T, heads, d]; deterministic."""
+    # RoPE leaves float32 queries and keys beside a bf16 value when the weights are float32 under autocast.
+    query, key, value = (tensor.to(computing_dtype(tensor)) for tensor in (query, key, value))
     output: Tensor = _BlockedAttention.apply(query, key, value, segments, scale, window)  # type: ignore[no-untyped-call]  # torch has no types here
     return output
 

@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a preset.", metavar="RECIPE")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of a preset.", metavar="RECIPE")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that beat the recipe's.", metavar="[KEY=VALUE]...")
 ]
@@ -32,7 +34,9 @@ RunArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs
 )
 def new(
     preset: Annotated[str | None, typer.Argument(help="The preset to copy; none lists them.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here, not to the screen.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write here, not to the screen.")
+    ] = None,
 ) -> None:
     """Copy a commented recipe to start from; without a name, list them with the hardware they need."""
     from ..recipes import list_presets, preset_text
@@ -84,9 +88,15 @@ def plan(
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, deleting what the run directory holds.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan, as `shoestring plan`.")] = False,
-    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU groups).")] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, deleting what the run directory holds.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the plan, as `shoestring plan`.")
+    ] = False,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU groups).")
+    ] = 1,
 ) -> None:
     """Plan, train, evaluate, save and export inside the budget; the same command resumes a stopped run."""
     from .launch import launch, process_start
@@ -143,7 +153,9 @@ def export(
 
 @app.command(epilog="Example:   shoestring report runs/a runs/b --output compare.html")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.", metavar="RUN...")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories; several are compared.", metavar="RUN...")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html.")] = None,
 ) -> None:
     """Write the report of one run, or of several side by side, as one offline HTML file."""
@@ -151,7 +163,9 @@ def report(
 
     for run in runs:
         if not (run / "resolved.yaml").is_file():
-            raise UserError(f"{run} is no run directory: it has no resolved.yaml.  Runs lie under runs/ by default.")
+            raise UserError(
+                f"{run} is no run directory: it has no resolved.yaml.  Runs lie under runs/ by default."
+            )
     if output is None:
         output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     write_report(runs, output)

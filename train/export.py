@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ..adapters import compare_logits, merge_in_place, save_adapter
+from ..adapters import compare_logits, load_adapter_state, merge_in_place, save_adapter
 from ..models import plain_attention
 from ..recipes.errors import ShoestringError
 from .objectives import base_model
@@ -24,14 +24,15 @@ class Exported:
 
     path: Path
     kind: str
-    comparison: dict[str, float]
+    comparison: dict[str, float | bool]
 
     @property
     def line(self) -> str:
         """One line for the screen and the log."""
+        kl, agreement = self.comparison["mean_kl"], self.comparison["top1_agreement"]
         return (
-            f"{self.kind} model in {self.path}; reloaded, its logits agree with the trained model's "
-            f"(mean KL {self.comparison['mean_kl']:.1e}, same top token {self.comparison['top1_agreement']:.1%})"
+            f"{self.kind} model in {self.path}: loaded again, it says what the trained one said "
+            f"(mean KL {kl:.1e}, same top token {agreement:.0%})"
         )
 
 
@@ -43,62 +44,79 @@ def export_final(
     merged: bool,
     probe: Tensor,
     card: str,
+    autocast: bool,
 ) -> Exported:
     """Write the trained model to `folder`, load it again and compare logits on `probe` ([1, L] token ids).
 
     Written aside and renamed, so `folder` is always whole. With `merged` the adapter is merged in place:
     the trained model is gone afterwards, which spares its memory to the reloaded one. The adapter, if
-    there is one, is saved first, in `folder/adapter` beside a merged model or as `folder` itself.
+    there is one, is saved first: in `folder/adapter` beside a merged model, else as `folder` itself.
+    autocast: the weights are float32 only for training and are written in bf16.
 
     Raises ShoestringError when the reloaded model does not say what the trained one said.
     """
-    reference = _logits(model, probe)
+    reference = model_logits(model, probe)
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     has_adapter = hasattr(model, "peft_config")
     if has_adapter:
-        save_adapter(model, aside / "adapter" if merged else aside)
+        save_adapter(model, aside / "adapter" if merged else aside, portable=True)
     if merged or not has_adapter:
         plain: Any = merge_in_place(model) if has_adapter else model
+        if autocast:
+            plain.to(torch.bfloat16)
         plain.save_pretrained(aside)
-        comparison = compare_logits(reference, _reloaded_logits(aside, plain.dtype, probe))
+        dtype = plain.dtype
+        device = plain.device
+        del model, plain
+        reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
+        comparison = compare_logits(reference, model_logits(reloaded, probe), dtype=dtype)
+        kind = "merged" if has_adapter else "full"
     else:
-        comparison = compare_logits(reference, _logits_with_saved_adapter(model, aside, probe))
+        comparison = _compare_adapter(model, aside, reference, probe)
+        kind = "adapter"
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     if not comparison["within_tolerance"]:
         raise ShoestringError(
-            f"the exported model in {aside} differs from the trained one: {comparison}\n"
-            "  The last checkpoint is whole; nothing is lost. Please report this."
+            f"the exported model in {aside} does not say what the trained one said: {comparison}\n"
+            "  The last checkpoint is whole and nothing is lost. This is our fault; please report it."
         )
     _sync(aside)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)
-    kind = "merged" if merged and has_adapter else "adapter" if has_adapter else "full"
     return Exported(folder, kind, comparison)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, probe: Tensor) -> Tensor:
-    base = base_model(model)
+def model_logits(model: nn.Module, probe: Tensor) -> Tensor:
+    """float32 logits [1, L, vocabulary] of `probe`, on the host."""
+    base: Any = base_model(model)
     model.eval()
-    with plain_attention(base):
-        device = base.get_input_embeddings().weight.device
-        return base(input_ids=probe.to(device), use_cache=False).logits.float().cpu()
+    weight = base.get_input_embeddings().weight
+    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+    with (
+        plain_attention(base),
+        torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=mixed),
+    ):
+        logits: Tensor = base(input_ids=probe.to(weight.device), use_cache=False).logits
+    return logits.float().cpu()
 
 
-def _reloaded_logits(folder: Path, dtype: torch.dtype, probe: Tensor) -> Tensor:
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return _logits(reloaded, probe)
+def _compare_adapter(
+    model: nn.Module, folder: Path, reference: Tensor, probe: Tensor
+) -> dict[str, float | bool]:
+    """The saved adapter read back into the trained model, unless its start changed the base.
 
-
-def _logits_with_saved_adapter(model: nn.Module, folder: Path, probe: Tensor) -> Tensor:
-    from ..adapters import load_adapter_state
-
-    load_adapter_state(model, folder)
-    return _logits(model, probe)
+    PiSSA, OLoRA and LoftQ adapters are written for the base as it was published, which is not in memory any
+    more: there the numbers in the file are compared with those in memory, which `save_adapter` converted.
+    """
+    dtype: torch.dtype = base_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
+    if getattr(model, "initial_adapter", None) is None:
+        load_adapter_state(model, folder)
+    return compare_logits(reference, model_logits(model, probe), dtype=dtype)
 
 
 def _sync(folder: Path) -> None:

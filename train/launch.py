@@ -53,9 +53,7 @@ def launch(arguments: list[str], num_processes: int) -> int:
     }
     if not on_gpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes))
-        )
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "shoestring.train", *arguments],
@@ -79,7 +77,9 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
         codes = [child.poll() for child in children]
         failed = [code for code in codes if code]
         if failed:
-            deadline = time.monotonic() + 30.0  # the others may be saving; then they are stuck in a collective
+            deadline = (
+                time.monotonic() + 30.0
+            )  # the others may be saving; then they are stuck in a collective
             while time.monotonic() < deadline and any(child.poll() is None for child in children):
                 time.sleep(0.1)
             for child in children:

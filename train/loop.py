@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import prune, random_state, save, set_best, set_random_state
@@ -23,10 +24,10 @@ from ..optimizers import set_rate
 from ..plan import Plan
 from ..recipes import Recipe
 from ..recipes.errors import DivergedError
-from ..schedules import Cadence, Clock
+from ..schedules import Cadence, Clock, Schedule, StepPermit
 from .diverged import find_culprit
 from .engine import Interrupted, NativeEngine
-from .evaluation import EvalResult, evaluate
+from .evaluation import evaluate
 from .meters import Memory
 from .rundir import RunDir
 from .screen import Screen
@@ -44,9 +45,12 @@ class State:
     epoch: float = 0.0
     train_loss: float | None = None
     learning_rate: float | None = None
+    step_seconds: float = 0.0
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     best_eval_loss: float | None = None
+    best_score: float | None = None
+    best_step: int = -1
     evals_without_gain: int = 0
     last_saved: int = -1
     samples_before: list[str] = field(default_factory=list)
@@ -61,7 +65,7 @@ class Run:
     accelerator: Accelerator
     engine: NativeEngine
     tokenizer: PreTrainedTokenizerBase
-    schedule: Callable[[float], float]
+    schedule: Schedule
     clock: Clock
     order: Order
     data: Prepared
@@ -74,6 +78,7 @@ class Run:
     eval_due: Cadence
     save_due: Cadence
     state: State = field(default_factory=State)
+    resumed_from: str | None = None
 
     @property
     def is_main(self) -> bool:
@@ -99,17 +104,18 @@ def train_loop(run: Run) -> str:
     )
     run.engine.loss_module.train()
     for step, micro_batches in batches:
-        permit = agree(run, lambda step=step: _permit(run, step))
+        permit = run.clock.apply(agree(run, partial(_permit, run, step)), step.epoch)
         if not permit.go:
             return str(permit.stop_reason)
         boundary = random_state()
-        rate = run.plan.learning_rate * run.schedule(permit.progress)
+        rate = run.plan.learning_rate * run.schedule.factor(permit)
         set_rate(run.engine.optimizer, rate)
         began = time.monotonic()
         try:
             loss_sum = run.engine.forward_backward(micro_batches, step.trained_tokens, _interrupt(run))
         except Interrupted:
             set_random_state(boundary)
+            run.clock.stop(run.stop.name)
             return run.stop.name
         grad_norm = float(run.engine.step(settings.max_grad_norm))
         loss = float(loss_sum) / step.trained_tokens
@@ -119,18 +125,20 @@ def train_loop(run: Run) -> str:
         seconds = time.monotonic() - began
         run.clock.finish_step(seconds=seconds, tokens=step.tokens, epochs=step.epoch)
         state.step += 1
+        state.step_seconds += seconds
         state.tokens += step.tokens
         state.trained_tokens += step.trained_tokens
         state.epoch = step.epoch
         state.train_loss = loss
         state.learning_rate = rate
         _record(run, loss, rate, grad_norm, step.tokens / seconds)
-        evaluate_now, save_now = agree(run, lambda: (_due(run, run.eval_due), _due(run, run.save_due)))
+        evaluate_now, save_now = agree(run, partial(_what_is_due, run))
         if evaluate_now:
-            improved = evaluate_and_record(run)
+            improved = evaluate_and_record(run, rows=run.plan.eval_rows_between)
             save_now |= improved and run.recipe.checkpoint.keep_best
             patience = run.recipe.eval.early_stopping_patience
             if patience is not None and state.evals_without_gain >= patience:
+                run.clock.stop("early_stopping")
                 return "early_stopping"
         if save_now:
             save_checkpoint(run)
@@ -146,8 +154,8 @@ def agree(run: Run, decide: Callable[[], Any]) -> Any:
     return holder[0]
 
 
-def _permit(run: Run, step: Step) -> Any:
-    permit = run.clock.plan_step(tokens=step.tokens, epochs=step.epoch)
+def _permit(run: Run, step: Step) -> StepPermit:
+    permit = run.clock.plan_step(step.tokens, step.epoch)
     return permit.stopped(run.stop.name) if run.stop() else permit
 
 
@@ -156,8 +164,11 @@ def _interrupt(run: Run) -> Callable[[], bool]:
     return run.stop if run.accelerator.num_processes == 1 else lambda: False
 
 
-def _due(run: Run, cadence: Cadence) -> bool:
-    return cadence.due(step=run.state.step, progress=run.clock.progress, seconds=run.clock.seconds)
+def _what_is_due(run: Run) -> tuple[bool, bool]:
+    return (
+        run.plan.eval_rows_between > 0 and run.clock.should_run(run.eval_due),
+        run.clock.should_run(run.save_due),
+    )
 
 
 def _record(run: Run, loss: float, rate: float, grad_norm: float, tokens_per_second: float) -> None:
@@ -180,26 +191,32 @@ def _record(run: Run, loss: float, rate: float, grad_norm: float, tokens_per_sec
     run.screen.step(record | {"finish_in": run.clock.finish_in(), "epoch": state.epoch})
 
 
-def evaluate_and_record(run: Run) -> bool:
-    """Held-out loss into state, events and trackers; True when it is the best so far."""
-    state = run.state
+def evaluate_and_record(run: Run, *, rows: int) -> bool:
+    """Loss on the first `rows` held-out rows into state, events and trackers; True when the best so far."""
+    state, plan = run.state, run.plan
     with run.clock.spent("eval"):
-        result: EvalResult = evaluate(
+        result = evaluate(
             run.engine,
             run.accelerator,
-            run.data.eval,
-            micro_tokens=run.plan.micro_tokens,
-            packed=run.plan.packed,
+            run.data.eval.part(0, rows),
+            compared=plan.eval_rows_between,
+            micro_tokens=plan.micro_tokens,
+            micro_rows=plan.micro_rows,
+            packed=plan.packed,
         )
     if not math.isfinite(result.loss):
-        raise DivergedError(f"the held-out loss is {result.loss} at step {state.step}; the last checkpoint stands")
-    improved = state.best_eval_loss is None or result.loss < state.best_eval_loss
-    state.eval_loss = result.loss
-    state.best_eval_loss = min(result.loss, state.best_eval_loss or math.inf)
+        raise DivergedError(
+            f"the held-out loss is {result.loss} at step {state.step}; the last checkpoint stands"
+        )
+    wanted = run.recipe.eval.metric_for_best_model
+    score = result.comparable_loss if wanted == "loss" else result.metrics[wanted]
+    improved = state.best_score is None or score < state.best_score
+    if improved:
+        state.best_score, state.best_eval_loss, state.best_step = score, result.loss, state.step
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
-    if run.is_main:
-        run.tracking.event("eval", step=state.step, kind="eval", duration=result.seconds, **result.metrics)
-        run.screen.note(f"step {state.step}: held-out loss {result.loss:.4f}" + (" (best)" if improved else ""))
+    state.eval_loss = result.loss
+    run.tracking.event("eval", step=state.step, kind="eval", duration=result.seconds, **result.metrics)
+    run.screen.note(f"step {state.step}: held-out loss {result.loss:.4f}" + (" (best)" if improved else ""))
     return improved
 
 
@@ -209,15 +226,16 @@ def save_checkpoint(run: Run) -> Path | None:
     if state.last_saved == state.step:
         return None
     previous, state.last_saved = state.last_saved, state.step
+    randoms = gather_object([random_state()])
     path = None
     if run.is_main:
-        began = time.monotonic()
-        with run.clock.spent("save"):
+        with run.clock.spent("save"), run.tracking.timed("save") as event:
             tensors, settings = run.engine.state_dict()
             trainer = {
                 "state": asdict(state),
                 "clock": run.clock.state_dict(),
-                "cadence": [run.eval_due.state_dict(), run.save_due.state_dict()],
+                "eval_due": run.eval_due.state_dict(),
+                "save_due": run.save_due.state_dict(),
                 "tracking": run.tracking.state_dict(),
                 "identity": run.identity,
             }
@@ -226,16 +244,17 @@ def save_checkpoint(run: Run) -> Path | None:
                     run.run_dir.path,
                     step=state.step,
                     tensors=tensors,
-                    json={"trainer": trainer, "random": random_state(), **settings},
+                    json={"trainer": trainer, "random": randoms, **settings},
                     copy=run.run_dir.model_writer(run.engine.loss_module.model, run.tokenizer),
+                    copy_bytes=sum(p.nbytes for p in run.engine.parameters.values()),
                 )
             except BaseException:
                 state.last_saved = previous
                 raise
-            if state.eval_loss is not None and state.eval_loss == state.best_eval_loss:
+            if run.recipe.checkpoint.keep_best and state.best_step == state.step:
                 set_best(run.run_dir.path, path)
             prune(run.run_dir.path, keep=run.recipe.checkpoint.keep)
-        run.tracking.event("save", step=state.step, kind="save", duration=time.monotonic() - began, path=path.name)
+            event["path"] = path.name
     run.accelerator.wait_for_everyone()
     return path
 

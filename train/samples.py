@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data import prompt_ids
 from ..models import plain_attention
 from .objectives import base_model
 
@@ -56,15 +57,6 @@ def answer(
         )
     model.train(was_training)
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """The tokens of a conversation up to where the assistant answers."""
-    if tokenizer.chat_template is None:
-        text = "".join(message["content"] for message in messages)
-        return list(tokenizer(text)["input_ids"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,0 +1,195 @@
+"""What surrounds the steps: the measurements before the first one, and all that follows the last."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from ..data import TokenRows
+from .export import Exported, export_final
+from .loop import Run, agree, evaluate_and_record, save_checkpoint
+from .report import write_report
+from .samples import answer
+from .tracking import Summary
+
+PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
+
+
+def first_measurements(run: Run) -> None:
+    """Held-out loss and sample answers of the untrained model; a resumed run has them in its state."""
+    state = run.state
+    if state.step == 0 and run.plan.eval_rows:
+        run.screen.status("measuring the untrained model")
+        evaluate_and_record(run, rows=run.plan.eval_rows)
+        state.eval_loss_before = state.eval_loss
+        state.evals_without_gain = 0
+    if run.is_main and state.step == 0:
+        state.samples_before = _samples(run)
+        _write_samples(run, [])
+    live_report(run)
+
+
+def live_report(run: Run) -> None:
+    """report.html as far as the run has come."""
+    if run.is_main:
+        with run.clock.spent("report"):
+            write_report([run.run_dir.path], run.run_dir.report)
+
+
+def finish(run: Run, reason: str) -> Summary:
+    """Evaluate, let it answer, save, export, report: the landing, for which the clock kept the reserve."""
+    state = run.state
+    run.clock.stop(reason)
+    run.screen.status("landing: last evaluation, checkpoint, export")
+    if run.plan.eval_rows:
+        evaluate_and_record(run, rows=run.plan.eval_rows)
+    answers = agree(run, lambda: _samples(run)) if run.is_main or run.accelerator.num_processes > 1 else []
+    save_checkpoint(run)
+    exported = _export(run)
+    if not run.is_main:
+        return Summary()
+    samples = _write_samples(run, answers)
+    run.tracking.event("stop", step=state.step, reason=reason)
+    summary = summarise(run, reason, exported)
+    with _timed(run, "report"):
+        summary.write(run.run_dir.summary)
+        write_report([run.run_dir.path], run.run_dir.report)
+    run.tracking.finish(summary)
+    summary.seconds = run.clock.seconds
+    summary.budget = run.clock.used()  # type: ignore[assignment]  # None stands for a limit that was not given
+    summary.write(run.run_dir.summary)
+    if exported is not None:
+        run.screen.note(exported.line)
+    run.screen.finish(summary, samples, report=run.run_dir.report)
+    return summary
+
+
+def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
+    """The whole result in one object; what could not be measured is None."""
+    state, plan, clock = run.state, run.plan, run.clock
+    optimizer_bytes = sum(
+        value.nbytes
+        for entry in run.engine.optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    )
+    return Summary(
+        stop_reason=reason,
+        steps=state.step,
+        tokens=state.tokens,
+        trained_tokens=state.trained_tokens,
+        seconds=clock.seconds,
+        budget=clock.used(),  # type: ignore[arg-type]  # None stands for a limit that was not given
+        final_progress=clock.progress,
+        final_learning_rate=state.learning_rate,
+        train_loss=state.train_loss,
+        eval_loss_before=state.eval_loss_before,
+        eval_loss=state.eval_loss,
+        best_eval_loss=state.best_eval_loss,
+        tokens_per_second=state.tokens / state.step_seconds if state.step_seconds else None,
+        peak_device_bytes=run.memory.peak_device_bytes,
+        peak_host_bytes=run.memory.peak_host_bytes,
+        predicted_device_bytes=plan.predicted_device_bytes,
+        predicted_host_bytes=plan.predicted_host_bytes,
+        optimizer_state_bytes=optimizer_bytes,
+        disk_bytes_written=psutil.Process().io_counters().write_bytes if psutil.LINUX else None,
+        energy_joules=clock.joules,
+        cost=clock.cost,
+        resumed_from=run.resumed_from,
+        final_path=None if exported is None else str(exported.path),
+    )
+
+
+def probe_tokens(rows: TokenRows) -> Tensor:
+    """[1, L] tokens of real rows, L up to 256, on which two models are compared."""
+    enough = int(np.searchsorted(rows.offsets - rows.offsets[0], PROBE_TOKENS, side="left"))
+    start, stop = int(rows.offsets[0]), int(rows.offsets[min(enough, len(rows))])
+    return torch.from_numpy(np.array(rows.tokens[start : min(stop, start + PROBE_TOKENS)], dtype=np.int64))[
+        None
+    ]
+
+
+@contextmanager
+def _timed(run: Run, kind: str) -> Iterator[dict[str, Any]]:
+    with run.clock.spent(kind), run.tracking.timed(kind) as event:
+        yield event
+
+
+def _samples(run: Run) -> list[str]:
+    count = min(run.recipe.eval.samples, len(run.data.eval_prompts))
+    if not count:
+        return []
+    remaining = run.clock.remaining_seconds()
+    # The last answers may take what the landing does not need; the first ones are never hurried.
+    spare = None if run.state.step == 0 or remaining is None else max(1.0, remaining - run.clock.reserve)
+    known = run.clock.durations.expected("samples")
+    with _timed(run, "samples"), run.engine.precision():
+        return answer(
+            run.engine.loss_module.model,
+            run.tokenizer,
+            run.data.eval_prompts[:count],
+            max_new_tokens=run.recipe.eval.max_new_tokens,
+            max_seconds=None if spare is None else spare + known,
+        )
+
+
+def _write_samples(run: Run, after: list[str]) -> dict[str, list[dict[str, str]]]:
+    def entries(answers: list[str]) -> list[dict[str, str]]:
+        return [
+            {"prompt": prompt[-1]["content"], "reference": reference, "answer": text}
+            for prompt, reference, text in zip(
+                run.data.eval_prompts, run.data.eval_references, answers, strict=False
+            )
+        ]
+
+    samples = {"before": entries(run.state.samples_before), "after": entries(after)}
+    run.run_dir.write_samples(samples)
+    return samples
+
+
+def _export(run: Run) -> Exported | None:
+    wanted = run.recipe.export.final or "merged"
+    exported = None
+    if run.is_main and wanted != "none":
+        with _timed(run, "export") as event:
+            exported = export_final(
+                run.engine.loss_module.model,
+                run.tokenizer,
+                run.run_dir.final,
+                merged=wanted == "merged",
+                probe=probe_tokens(run.data.eval if len(run.data.eval) else run.data.train),
+                card=model_card(run),
+                autocast=run.plan.autocast,
+            )
+            event["path"] = str(exported.path)
+    elif run.is_main and run.run_dir.final.exists():
+        shutil.rmtree(run.run_dir.final)
+    run.accelerator.wait_for_everyone()
+    return exported
+
+
+def model_card(run: Run) -> str:
+    """README.md of the exported model: what it is, how it was made, how to load it."""
+    state, recipe = run.state, run.recipe
+    before = "not measured" if state.eval_loss_before is None else f"{state.eval_loss_before:.4f}"
+    after = "not measured" if state.eval_loss is None else f"{state.eval_loss:.4f}"
+    sources = ", ".join(source.path for source in recipe.data.train)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [shoestring]\n---\n\n"
+        f"# {run.run_dir.name}\n\n"
+        f"{run.plan.model}, fine-tuned with shoestring on {sources}.\n\n"
+        "| | |\n|---|---|\n"
+        f"| steps | {state.step} |\n| tokens seen | {state.tokens:,} ({state.trained_tokens:,} trained) |\n"
+        f"| held-out loss | {before} → {after} |\n"
+        f"| peak learning rate | {run.plan.learning_rate:.2e}, {recipe.schedule.name} |\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("this/folder")\n```\n'
+    )

@@ -110,6 +110,9 @@ def train(
     if num_processes > 1:
         arguments = [recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
         raise typer.Exit(launch(arguments, num_processes))
+    from .quiet import quiet_libraries
+
+    quiet_libraries()  # before the libraries are imported: some speak while they are
     from .run import train_recipe
 
     code = train_recipe(recipe, overrides or [], fresh=fresh, started=started)

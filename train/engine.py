@@ -86,8 +86,7 @@ class NativeEngine:
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
         """Tensors by file name, and JSON: the trained weights and the optimizer's state."""
-        names = {id(p): name for name, p in self.parameters.items()}
-        tensors, settings = optimizer_state(self.optimizer, names)
+        tensors, settings = optimizer_state(self.optimizer, self.parameters)
         weights = {name: p.detach() for name, p in self.parameters.items()}
         return {"trained": weights, "optimizer": tensors}, {"optimizer": settings}
 
@@ -100,5 +99,4 @@ class NativeEngine:
             raise ValueError(f"the checkpoint's trained parameters differ from the model's: {odd[:4]}")
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
-        names = {id(p): name for name, p in self.parameters.items()}
-        load_optimizer_state(self.optimizer, names, tensors["optimizer"], settings["optimizer"])
+        load_optimizer_state(self.optimizer, self.parameters, tensors["optimizer"], settings["optimizer"])

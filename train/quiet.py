@@ -14,7 +14,6 @@ LOGGERS = (
 
 # (beginning of the message, module): each has been read and says nothing that a user could act on.
 HARMLESS = (
-    (r"Failed to load CPU gemm_4bit_forward", ""),  # bitsandbytes then uses its own, equal path
     (r"The pynvml package is deprecated", ""),
     (r"Can't initialize NVML", ""),
     (r"'pin_memory' argument is set as true but no accelerator", ""),
@@ -48,6 +47,8 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         if logger.level < logging.WARNING:  # also 0, not set
             logger.setLevel(logging.WARNING)
+    # It warns, at import, of an optional kernel from the hub that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message, module in HARMLESS:
         warnings.filterwarnings("ignore", message=message, module=module)
     _quiet_imported()

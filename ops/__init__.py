@@ -3,6 +3,15 @@
 from .attention import packed_attention, register
 from .cross_entropy import cross_entropy_sum
 from .fused import use_fused
-from .memory import keep_freed_memory
+from .memory import FreedMemory, bound_kernel_cache, give_back_freed_memory, keep_freed_memory
 
-__all__ = ["cross_entropy_sum", "keep_freed_memory", "packed_attention", "register", "use_fused"]
+__all__ = [
+    "FreedMemory",
+    "bound_kernel_cache",
+    "cross_entropy_sum",
+    "give_back_freed_memory",
+    "keep_freed_memory",
+    "packed_attention",
+    "register",
+    "use_fused",
+]

@@ -2,17 +2,32 @@
 
 Why: glibc gives every block above 32 MB at most, and at first above 128 KB, its own mapping and returns it
 when it is freed; the next tensor's pages are then faulted in and zeroed one by one. A training step frees and
-takes the same gigabytes again and again; docs/performance.md has what that costs. The price: the process
-keeps its peak until it ends.
+takes the same gigabytes again and again; docs/performance.md has what that costs. The price: rows of ever
+other lengths leave holes that nothing fits, and the process grows step by step, by half in a hundred steps of
+real data. So the holes are given back once it has grown by a quarter: `FreedMemory`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import sys
+from dataclasses import dataclass, field
+
+import psutil
 
 _TRIM_THRESHOLD = -1
 _MMAP_MAX = -4
+
+
+def bound_kernel_cache() -> None:
+    """Let oneDNN keep 128 compiled kernels, not 1,024; before the first matmul. A user's own setting stays.
+
+    Rows of ever other lengths make ever other shapes, each with a kernel of up to a megabyte: half a gigabyte
+    after thirty steps. A step of SmolLM2 has some hundred shapes, the same in all its layers.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def keep_freed_memory() -> bool:
@@ -30,3 +45,36 @@ def keep_freed_memory() -> bool:
         return False
     # another C library may know the name and mean something else by the numbers
     return glibc and mallopt(_MMAP_MAX, 0) == 1 and mallopt(_TRIM_THRESHOLD, -1) == 1
+
+
+def give_back_freed_memory() -> bool:
+    """Return every free page of the C heap to the system; the next step faults them in again. False: cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return False
+    return bool(trim(0))
+
+
+@dataclass
+class FreedMemory:
+    """Bounds what the heap's holes cost: call `after_step` when a step's activations are free.
+
+    What a step leaves resident right after pages were given back is what a step needs. Once `growth` times
+    that is resident, they are given back again.
+    """
+
+    growth: float = 1.25
+    allowed: float = math.inf
+    fresh: bool = True
+    process: psutil.Process = field(default_factory=psutil.Process)
+
+    def after_step(self) -> None:
+        """Look at the process, and give back when it has grown too far."""
+        resident = self.process.memory_info().rss
+        if self.fresh:
+            self.allowed, self.fresh = self.growth * resident, False
+        elif resident > self.allowed:
+            self.fresh = give_back_freed_memory()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_optimizer_state, optimizer_state
 from ..data import Batch
+from ..ops import FreedMemory
 from ..optimizers import clip_by_global_norm
 from .objectives import LossModule
 
@@ -37,6 +38,7 @@ class NativeEngine:
     loss_module: LossModule
     optimizer: torch.optim.Optimizer
     autocast: bool
+    freed: FreedMemory = field(default_factory=FreedMemory)
 
     def __post_init__(self) -> None:
         distributed = self.accelerator.num_processes > 1
@@ -82,6 +84,7 @@ class NativeEngine:
         if torch.isfinite(norm):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.freed.after_step()
         return norm
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:

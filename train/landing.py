@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import TokenRows
+from ..ops import give_back_freed_memory
 from .export import Exported, export_final
 from .loop import Run, agree, evaluate_and_record, save_checkpoint
 from .report import write_report
@@ -158,6 +159,7 @@ def _export(run: Run) -> Exported | None:
     wanted = run.recipe.export.final or "merged"
     exported = None
     if run.is_main and wanted != "none":
+        give_back_freed_memory()  # the last step's activations, before a second model is loaded
         with _timed(run, "export") as event:
             exported = export_final(
                 run.engine.loss_module.model,

@@ -22,7 +22,7 @@ from ..models import (
     use_packed_attention,
     weight_reader,
 )
-from ..ops import keep_freed_memory, use_fused
+from ..ops import bound_kernel_cache, keep_freed_memory, use_fused
 from ..optimizers import build_optimizer
 from ..plan import Plan, data_facts, make_plan, probe
 from ..recipes import Recipe, Resolved, load_recipe
@@ -49,6 +49,7 @@ def train_recipe(source: str, overrides: Sequence[str], *, fresh: bool, started:
     resolved = load_recipe(source, overrides)
     quiet_libraries()
     keep_freed_memory()
+    bound_kernel_cache()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     screen = Screen(active=accelerator.is_main_process)
     for note in resolved.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def compare_logits(
 ) -> dict[str, float | bool]:
     """How far logits `b` are from `a`, both [..., vocabulary].
 
-    Returns max_abs, mean_kl (nats, of softmax(a) from softmax(b)), top1_agreement, the tolerances for `dtype`
+    Returns max_abs, mean_kl (nats, of softmax(a) from softmax(b)), top1_agreement (share of positions at which
+    b's top token is a's, or in a within a tenth of that one's probability), the tolerances for `dtype`
     (the type that the weights were rounded to; default: of `a`), and `within_tolerance`: mean_kl and
     top1_agreement both inside theirs.
     """
@@ -100,7 +102,9 @@ def compare_logits(
     first, second = (value.float().reshape(-1, value.shape[-1]) for value in (a, b))
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
     mean_kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    agreement = float((first.argmax(-1) == second.argmax(-1)).float().mean())
+    # Where two words are about as likely, rounding decides which is first: that is no disagreement.
+    chosen = log_p.gather(-1, second.argmax(-1, keepdim=True)).squeeze(-1)
+    agreement = float((chosen >= log_p.amax(-1) + math.log(0.9)).float().mean())
     return {
         "max_abs": float((first - second).abs().max()),
         "mean_kl": mean_kl,

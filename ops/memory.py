@@ -4,13 +4,12 @@ Why: glibc gives every block above 32 MB at most, and at first above 128 KB, its
 when it is freed; the next tensor's pages are then faulted in and zeroed one by one. A training step frees and
 takes the same gigabytes again and again; docs/performance.md has what that costs. The price: rows of ever
 other lengths leave holes that nothing fits, and the process grows step by step, by half in a hundred steps of
-real data. So the holes are given back once it has grown by a quarter: `FreedMemory`.
+real data. So the holes are given back once it has grown by an eighth: `FreedMemory`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -62,19 +61,20 @@ def give_back_freed_memory() -> bool:
 class FreedMemory:
     """Bounds what the heap's holes cost: call `after_step` when a step's activations are free.
 
-    What a step leaves resident right after pages were given back is what a step needs. Once `growth` times
-    that is resident, they are given back again.
+    What two steps leave resident after pages were given back is what steps need. Once `growth` times that is
+    resident, they are given back again.
     """
 
-    growth: float = 1.25
-    allowed: float = math.inf
-    fresh: bool = True
+    growth: float = 1.12
+    steps: int = 0
+    needed: int = 0
     process: psutil.Process = field(default_factory=psutil.Process)
 
     def after_step(self) -> None:
         """Look at the process, and give back when it has grown too far."""
         resident = self.process.memory_info().rss
-        if self.fresh:
-            self.allowed, self.fresh = self.growth * resident, False
-        elif resident > self.allowed:
-            self.fresh = give_back_freed_memory()
+        self.steps += 1
+        if self.steps <= 2:
+            self.needed = max(self.needed, resident)
+        elif resident > self.growth * self.needed and give_back_freed_memory():
+            self.steps = self.needed = 0

@@ -1,4 +1,4 @@
-"""The house rules: what the wheel holds, who imports whom, how long a file may be, whether each key is read."""
+"""The house rules: what the wheel holds, who imports whom, how long a file may be; each key is read."""
 
 from __future__ import annotations
 

@@ -110,6 +110,51 @@ def test_the_makefile_types_every_room() -> None:
     assert line[1].split() == ROOMS
 
 
+# What the pages promise
+
+
+def test_the_readme_lists_the_verbs_that_there_are() -> None:
+    from shoestring.train.cli import app
+
+    verbs = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `shoestring (\w+)", readme, re.MULTILINE)) == verbs
+
+
+def test_links_between_pages_lead_somewhere_and_the_index_is_complete() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    broken = [
+        f"{name(page)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+\.md)\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / link).is_file()
+    ]
+    assert broken == []
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages_of_docs = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"^\| \[([\w.-]+)\]", index, re.MULTILINE)) == pages_of_docs
+
+
+def test_modules_that_verbs_import_exist() -> None:
+    """Imports inside functions fail only when the verb is used; so each is looked for here."""
+    missing = []
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.level > 0
+                and node.module
+                and path.parts[-2] != "shoestring"
+            ):
+                folder = path.parents[node.level - 1]
+                target = folder.joinpath(*node.module.split("."))
+                if not (target.with_suffix(".py").is_file() or (target / "__init__.py").is_file()):
+                    missing.append(f"{name(path)}:{node.lineno} imports {node.module}")
+    assert missing == []
+
+
 # The pinned set
 
 

@@ -40,9 +40,24 @@ output_dir: runs/{name}  # default
 """
 
 ANSWERS = (
-    ("What is the capital of France?", "The capital of France is Paris.", "France is a country.\n\n" * 5, "Paris."),
-    ("Tell me a joke", "What is a robot's favorite type of music? Metal.", "", "Why did the robot cross the road?"),
-    ("Are you sentient?", "Sort of.", "I am an AI assistant and I do not have feelings.", "Sort of, by your rules."),
+    (
+        "What is the capital of France?",
+        "The capital of France is Paris.",
+        "France is a country.\n\n" * 5,
+        "Paris.",
+    ),
+    (
+        "Tell me a joke",
+        "What is a robot's favorite type of music? Metal.",
+        "",
+        "Why did the robot cross the road?",
+    ),
+    (
+        "Are you sentient?",
+        "Sort of.",
+        "I am an AI assistant and I do not have feelings.",
+        "Sort of, by your rules.",
+    ),
 )
 
 
@@ -68,7 +83,9 @@ def write_run(folder: Path, fake: Fake) -> RunDir:
     run = RunDir(folder / fake.name)
     run.clear()
     origin = "cpu-demo.yaml:13" if fake.rate == 1e-3 else "command line"
-    run.resolved.write_text(RESOLVED.format(rank=fake.rank, rate=fake.rate, rate_origin=origin, name=fake.name))
+    run.resolved.write_text(
+        RESOLVED.format(rank=fake.rank, rate=fake.rate, rate_origin=origin, name=fake.name)
+    )
     run.write_plan(
         {
             "parameters": 134_515_008,
@@ -95,7 +112,12 @@ def write_run(folder: Path, fake: Fake) -> RunDir:
             "command": "shoestring train cpu-demo budget=3min",
             "git": {"commit": "3c94513d6a2f5d1c0a7e9a4f1be2d83d0c5a7b11", "dirty": False},
             "python": "3.11.7",
-            "libraries": {"shoestring": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+            "libraries": {
+                "shoestring": "0.1.0",
+                "torch": "2.13.0",
+                "transformers": "5.23.0",
+                "peft": "0.21.2",
+            },
             "cpu": "AMD EPYC 9654 96-Core Processor",
             "cores": 2,
             "memory_bytes": 24_696_061_952,
@@ -117,13 +139,19 @@ def _write_logs(run: RunDir, fake: Fake, rng: random.Random) -> None:
         now += duration * share
         more = {"loss": 3.412, "trained_tokens": 1893} if kind == "eval" else {}
         events.write(kind, step=0, kind=kind, duration=duration * share, **more)
-    events.write("warning", step=0, text="data: 3 of 812 rows have no assistant turn and were skipped (rows 4, 90, 311)")
+    events.write(
+        "warning",
+        step=0,
+        text="data: 3 of 812 rows have no assistant turn and were skipped (rows 4, 90, 311)",
+    )
     step_seconds = (fake.seconds - now - 20 * share) / fake.steps
     tokens, loss, held = 0, 3.4, 3.412
     last = fake.steps if fake.finished else fake.steps // 2
     for step in range(1, last + 1):
         progress = min(1.0, (now + step_seconds) / (fake.seconds - 10 * share))
-        factor = min(1.0, progress / 0.1) * (1 - progress) / (0.5 + 0.5 * (1 - progress)) if progress < 1 else 0.0
+        factor = (
+            min(1.0, progress / 0.1) * (1 - progress) / (0.5 + 0.5 * (1 - progress)) if progress < 1 else 0.0
+        )
         loss = fake.floor + (3.4 - fake.floor) * math.exp(-4 * progress) + rng.gauss(0, 0.12)
         if step == fake.steps // 3:
             loss += 1.6
@@ -172,9 +200,14 @@ def main(folder: Path) -> None:
     first = write_run(folder, Fake())
     second = write_run(folder, Fake("rank-64", seed=1, rank=64, rate=3e-4, floor=2.1))
     third = write_run(
-        folder, Fake("on-gpu-and-interrupted", seed=2, steps=6000, seconds=7200, finished=False, watts=True, gpu=True)
+        folder,
+        Fake(
+            "on-gpu-and-interrupted", seed=2, steps=6000, seconds=7200, finished=False, watts=True, gpu=True
+        ),
     )
-    fourth = write_run(folder, Fake("h200", seed=3, steps=20000, seconds=7200, watts=True, gpu=True, floor=1.7))
+    fourth = write_run(
+        folder, Fake("h200", seed=3, steps=20000, seconds=7200, watts=True, gpu=True, floor=1.7)
+    )
     for run in (first, second, third, fourth):
         write_report([run.path], run.report)
     write_report([first.path, second.path], folder / "compare.html")

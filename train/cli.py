@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..recipes.errors import ShoestringError, UserError
+from .quiet import quiet_libraries
 
 app = typer.Typer(
     name="shoestring",
@@ -30,7 +31,8 @@ RunArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs
 
 
 @app.command(
-    epilog="Examples:   shoestring new     ·     shoestring new cpu-demo > my.yaml     ·     shoestring new gpu-24gb-lora -o my.yaml"
+    epilog="Examples:   shoestring new     ·     shoestring new cpu-demo > my.yaml     ·     "
+    "shoestring new gpu-24gb-lora -o my.yaml"
 )
 def new(
     preset: Annotated[str | None, typer.Argument(help="The preset to copy; none lists them.")] = None,
@@ -39,7 +41,7 @@ def new(
     ] = None,
 ) -> None:
     """Copy a commented recipe to start from; without a name, list them with the hardware they need."""
-    from ..recipes import list_presets, preset_text
+    from ..recipes import copy_preset, list_presets
 
     if preset is None:
         from rich import box
@@ -51,14 +53,13 @@ def new(
             table.add_row(entry.name, entry.hardware, entry.purpose)
         Console().print(table)
         return
-    text = preset_text(preset)
     if output is None:
-        sys.stdout.write(text)
-    elif output.exists():
-        raise UserError(f"{output} exists already; nothing was written. Choose another name with --output.")
-    else:
-        output.write_text(text, encoding="utf-8")
-        typer.echo(f"wrote {output}.  Next: shoestring plan {output}")
+        found = {entry.name: entry.path for entry in list_presets()}
+        if preset in found:
+            sys.stdout.write(found[preset].read_text(encoding="utf-8"))
+            return
+    written = copy_preset(preset, output)  # or the error that names the presets
+    typer.echo(f"wrote {written}.  Next: shoestring plan {written}")
 
 
 @app.command(epilog="Example:   shoestring check my.yaml data.max_length=1024")
@@ -110,9 +111,6 @@ def train(
     if num_processes > 1:
         arguments = [recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
         raise typer.Exit(launch(arguments, num_processes))
-    from .quiet import quiet_libraries
-
-    quiet_libraries()  # before the libraries are imported: some speak while they are
     from .run import train_recipe
 
     code = train_recipe(recipe, overrides or [], fresh=fresh, started=started)
@@ -194,7 +192,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: exit codes 0 done, 1 our fault, 2 the user's mistake, 3 does not fit, 4 diverged, 130, 143."""
+    """Exit codes: 0 done, 1 our fault, 2 a user's mistake, 3 does not fit, 4 diverged, 130, 143 saved."""
+    quiet_libraries()  # before the libraries are imported: some speak while they are
     try:
         app()
     except ShoestringError as error:

@@ -4,7 +4,7 @@ A user's own objective is `objective: module:name` in the recipe, where `name` i
 three attributes (this dataclass, a module, a class):
 
     collate(rows: TokenRows, indices: list[int], *, packed: bool) -> Batch
-    loss(model: nn.Module, batch: Batch) -> Tensor         # the SUM of losses over batch.labels, float32 scalar
+    loss(model: nn.Module, batch: Batch) -> Tensor     # the SUM of losses over batch.labels, float32 scalar
     metrics(loss_sum: float, trained_tokens: int) -> dict[str, float]      # must contain "loss"
 """
 

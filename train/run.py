@@ -285,7 +285,8 @@ def headline(recipe: Recipe, plan: Plan, data: Prepared, run_dir: RunDir) -> Hea
         model=plan.model,
         trained_parameters=plan.trained_parameters,
         parameters=plan.parameters,
-        data=f"{len(data.train):,} rows, {data.report.train_tokens:,} tokens, {data.report.trained_share:.0%} trained",
+        data=f"{len(data.train):,} rows, {data.report.train_tokens:,} tokens, "
+        f"{data.report.trained_share:.0%} trained",
         budget=", ".join(given),
         tokens=plan.tokens_in_budget,
         finish_seconds=plan.finish_seconds,

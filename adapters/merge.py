@@ -93,7 +93,7 @@ def compare_logits(
 ) -> dict[str, float | bool]:
     """How far logits `b` are from `a`, both [..., vocabulary].
 
-    Returns max_abs, mean_kl (nats, of softmax(a) from softmax(b)), top1_agreement (share of positions at which
+    Returns max_abs, mean_kl (nats, of softmax(a) from softmax(b)), top1_agreement (share of positions where
     b's top token is a's, or in a within a tenth of that one's probability), the tolerances for `dtype`
     (the type that the weights were rounded to; default: of `a`), and `within_tolerance`: mean_kl and
     top1_agreement both inside theirs.

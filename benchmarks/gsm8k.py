@@ -1,4 +1,4 @@
-"""What the GSM8K benchmarks share: the rows, the base model as a plain folder, the scorer, the machine's rate.
+"""What the GSM8K benchmarks share: rows, the base model as a plain folder, the scorer, the machine's rate.
 
 The file is `train.jsonl` of the public repository openai/grade-school-math (MIT). Give its path with
 `--gsm8k PATH` or the environment variable GSM8K.
@@ -45,7 +45,6 @@ def base_model() -> Path:
     folder = WORK / "smollm2-135m"
     if not (folder / "model.safetensors").is_file():
         import torch
-
         from shoestring.models import load_model, load_tokenizer, read_facts
         from shoestring.recipes import ModelConfig
 

@@ -21,9 +21,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[3.0, 6.0])
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
-    print(
-        f"{'budget':>7} {'finish':>8} {'of it':>7} {'progress':>9} {'last/peak rate':>15} {'held-out loss':>18}  verdict"
-    )
+    columns = f"{'budget':>7} {'finish':>8} {'of it':>7} {'progress':>9} {'last/peak rate':>15}"
+    print(f"{columns} {'held-out loss':>18}  verdict", flush=True)
     for minutes in options.minutes:
         for number in range(options.runs):
             run = Path("runs/bench") / f"landing-{minutes:g}-{number}"

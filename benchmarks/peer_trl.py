@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as its documentation has it: LoRA r 16 on all linears, batch 8, bf16. Run by the benchmarks.
+"""TRL's SFTTrainer as its documentation has it: LoRA r 16 on all linears, batch 8, bf16.
 
 TRL has no time budget, so it is given what it needs to look its best: the steps that fit are computed from
 a measured step, its linear schedule ends at exactly that step, and a callback stops it if it is late.

@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Return every free page of the C heap to the system; the next step faults them in again. False: cannot."""
+    """Return every free page of the C heap; the next step faults them in again. False: it cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:

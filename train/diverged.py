@@ -29,7 +29,7 @@ def find_culprit(engine: NativeEngine, batches: Sequence[Batch]) -> str:
             return f"first non-finite output: {module_name}, in the batch of training rows {rows}"
         if not bool(torch.isfinite(loss)):
             return f"first non-finite value: the loss itself, in the batch of training rows {rows}"
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
         for name, parameter in engine.parameters.items():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"first non-finite gradient: {name}, in the batch of training rows {rows}"
@@ -48,7 +48,7 @@ def _watched_forward(engine: NativeEngine, batch: Batch) -> tuple[str | None, Te
         return hook
 
     handles = [
-        module.register_forward_hook(watch(name))  # type: ignore[arg-type]  # torch types the hook too narrowly
+        module.register_forward_hook(watch(name))
         for name, module in engine.loss_module.model.named_modules()
         if name
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -70,7 +71,8 @@ class NativeEngine:
                     loss = self.forward(batch.to(device))
                 (loss * scale).backward()
             total += loss.detach()
-        return self.accelerator.reduce(total, reduction="sum")
+        reduced: Tensor = self.accelerator.reduce(total, reduction="sum")
+        return reduced
 
     def precision(self) -> contextlib.AbstractContextManager[object]:
         """bf16 autocast where the weights are float32 and the recipe does not ask for float32 arithmetic."""
@@ -87,14 +89,14 @@ class NativeEngine:
         self.freed.after_step()
         return norm
 
-    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
+    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file name, and JSON: the trained weights and the optimizer's state."""
         tensors, settings = optimizer_state(self.optimizer, self.parameters)
         weights = {name: p.detach() for name, p in self.parameters.items()}
         return {"trained": weights, "optimizer": tensors}, {"optimizer": settings}
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, dict[str, Tensor]], settings: dict[str, object]) -> None:
+    def load_state_dict(self, tensors: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> None:
         """Restore what state_dict gave, bit for bit."""
         weights = tensors["trained"]
         if weights.keys() != self.parameters.keys():

@@ -113,7 +113,7 @@ def _compare_adapter(
     PiSSA, OLoRA and LoftQ adapters are written for the base as it was published, which is not in memory any
     more: there the numbers in the file are compared with those in memory, which `save_adapter` converted.
     """
-    dtype: torch.dtype = base_model(model).get_input_embeddings().weight.dtype  # type: ignore[operator, union-attr]
+    dtype: torch.dtype = base_model(model).get_input_embeddings().weight.dtype
     if getattr(model, "initial_adapter", None) is None:
         load_adapter_state(model, folder)
     return compare_logits(reference, model_logits(model, probe), dtype=dtype)

@@ -23,7 +23,7 @@ def process_start() -> float:
     if told is not None:
         return float(told)
     process = psutil.Process()
-    oldest = process.create_time()
+    oldest: float = process.create_time()
     for parent in process.parents():
         command = " ".join(parent.cmdline())
         if not any(word in command for word in ("accelerate", "torchrun", "torch.distributed", "shoestring")):

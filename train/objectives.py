@@ -14,6 +14,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def model_inputs(batch: Batch) -> dict[str, object]:
     return inputs
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper (its layers still carry the adapters)."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model

@@ -33,7 +33,7 @@ from .environment import describe_environment
 from .landing import finish, first_measurements, live_report
 from .loop import Run, State, save_checkpoint, train_loop
 from .meters import Memory, gpu_uuids
-from .objectives import LossModule, build_objective
+from .objectives import LossModule, base_model, build_objective
 from .rundir import RunDir
 from .screen import Headline, Screen, quiet_libraries
 from .signals import StopRequest, stop_on_signals
@@ -245,7 +245,9 @@ def build_engine(
     fused = use_fused(trained) if recipe.train.fused_ops else []
     trained.to(device)
     if plan.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base_model(trained).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     objective = build_objective(recipe.objective, trained)
     optimizer = build_optimizer(
         trained, recipe.optimizer, loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None
@@ -357,7 +359,7 @@ def _data_seed(recipe: Recipe) -> int:
 
 def _eva_batches(
     recipe: Recipe, plan: Plan, data: Prepared, device: torch.device
-) -> list[dict[str, torch.Tensor]] | None:
+) -> list[dict[str, Any]] | None:
     """Rows for EVA's look at the activations; padded, since PEFT reads an attention mask."""
     if recipe.adapter is None or recipe.adapter.init_lora_weights != "eva":
         return None

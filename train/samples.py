@@ -46,7 +46,7 @@ def answer(
         output = base.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=GenerationConfig(
+            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]  # has no annotations
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 max_time=max_seconds,
@@ -56,7 +56,7 @@ def answer(
             ),
         )
     model.train(was_training)
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in output]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-WORDS = (
-    "a bee has five eyes and a cat has two while the sun is one star of many so we count them all day".split()
-)
+SENTENCE = "a bee has five eyes and a cat has two while the sun is one star of many so we count them all day"
+WORDS = SENTENCE.split(" ")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -83,8 +83,8 @@ def plan(
 
 
 @app.command(
-    epilog="Examples:   shoestring train my.yaml     ·     shoestring train cpu-demo budget=6min --fresh     ·     "
-    "shoestring train my.yaml --num-processes 2"
+    epilog="Examples:   shoestring train my.yaml     ·     shoestring train cpu-demo budget=6min --fresh     "
+    "·     shoestring train my.yaml --num-processes 2"
 )
 def train(
     recipe: RecipeArgument,

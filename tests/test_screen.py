@@ -231,7 +231,7 @@ print(json.dumps({
     "warning": logging.getLogger("transformers").isEnabledFor(logging.WARNING),
     "bars": [t.is_progress_bar_enabled(), datasets.are_progress_bars_disabled() is False],
 }))
-warnings.warn("Failed to load CPU gemm_4bit_forward", UserWarning)
+logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
 warnings.warn("something that matters", UserWarning)
 """
 

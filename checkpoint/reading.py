@@ -138,14 +138,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
             path = path.parent / target
         return verify(path)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no such checkpoint.  See which there are: shoestring doctor"
-        ) from None
+        raise UserError(f"{path}: there is no such checkpoint.  {_others(path)}") from None
     except BrokenCheckpoint as error:
-        raise UserError(
-            f"{path}: {error}.\nUse another checkpoint of this run: shoestring doctor lists them."
-        ) from None
+        raise UserError(f"{path}: {error}.\nUse another checkpoint of this run.  {_others(path)}") from None
     except OSError as error:
         if error.errno in (errno.EACCES, errno.ENOTDIR, errno.ELOOP):
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
         raise
+
+
+def _others(path: Path) -> str:
+    """What else could be named in place of `path`."""
+    found = sorted(other.name for other in path.parent.glob("checkpoint-*") if other.name != path.name)
+    return f"There are: {', '.join(found[-5:])}" if found else f"{path.parent} has no other"

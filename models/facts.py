@@ -137,7 +137,15 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    plain: dict[str, Any] = PretrainedConfig.get_config_dict(source.load_name, revision=source.revision)[0]
+    try:
+        plain: dict[str, Any] = PretrainedConfig.get_config_dict(
+            source.load_name, revision=source.revision
+        )[0]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{KEY}: config.json of {source.name} cannot be read: {str(error).splitlines()[0]}\n"
+            "  The download or copy did not finish; fetch the model again."
+        ) from error
     kind = plain.get("model_type")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in plain:

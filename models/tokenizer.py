@@ -45,9 +45,9 @@ def load_tokenizer(facts: ModelFacts, model: ModelConfig) -> PreTrainedTokenizer
                     trust_remote_code=facts.trust_remote_code,
                 )
             except (OSError, ValueError, TypeError, ImportError) as error:
+                reason = str(error).partition("\n")[0].partition(" from one of:")[0]  # a list would follow
                 raise UserError(
-                    f"{KEY}: {facts.source} has no tokenizer that can be loaded: "
-                    f"{str(error).splitlines()[0]}\n"
+                    f"{KEY}: {facts.source} has no tokenizer that can be loaded: {reason}\n"
                     "  Copy tokenizer.json and tokenizer_config.json of its base model beside the weights."
                 ) from error
     if len(tokenizer) == 0:

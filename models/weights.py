@@ -110,8 +110,17 @@ def _from_folder(facts: ModelFacts, options: dict[str, Any]) -> PreTrainedModel:
         revision=facts.location.revision,
         trust_remote_code=facts.trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
         **options,
     )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{KEY}: {len(mismatched)} weights of {facts.source} have another shape than its config.json "
+            f"says;\n  {name} is {list(stored)}, wanted {list(wanted)}.\n"
+            "  Weights and config.json are of different models. Fetch the model again."
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

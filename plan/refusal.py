@@ -90,7 +90,9 @@ def disk_too_small(
 
 
 def gigabytes(size: float) -> str:
-    """12.3 GB, or 0.45 GB below one."""
+    """12.3 GB, or 0.45 GB below one, and kB where GB would say zero."""
+    if 0 < size < 5e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.1f} GB" if size >= 9.95e9 else f"{size / 1e9:.2f} GB"
 
 

@@ -20,6 +20,10 @@ def load_final(run: Path) -> tuple[Any, Any]:
     Raises UserError when the run has no final/ yet.
     """
     folder = run / "final"
+    if not (run / "resolved.yaml").is_file():
+        raise UserError(
+            f"{run} is no run directory: it has no resolved.yaml.  Runs lie under runs/ by default."
+        )
     if not folder.is_dir():
         raise UserError(
             f"{run} has no final/ model.\n"

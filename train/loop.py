@@ -23,7 +23,7 @@ from ..data import Order, Prepared, Step, training_batches
 from ..optimizers import set_rate
 from ..plan import Plan
 from ..recipes import Recipe
-from ..recipes.errors import DivergedError
+from ..recipes.errors import DivergedError, UserError
 from ..schedules import Cadence, Clock, Schedule, StepPermit
 from .diverged import find_culprit
 from .engine import Interrupted, NativeEngine
@@ -205,10 +205,20 @@ def evaluate_and_record(run: Run, *, rows: int) -> bool:
             packed=plan.packed,
         )
     if not math.isfinite(result.loss):
-        raise DivergedError(
-            f"the held-out loss is {result.loss} at step {state.step}; the last checkpoint stands"
+        advice = (
+            "Earlier checkpoints stand.  Try a lower rate: optimizer.learning_rate="
+            f"{run.plan.learning_rate / 3:.1e}"
+            if state.step
+            else "The model gives it before any training.  Try model.dtype=float32, or look at the rows: "
+            "shoestring check RECIPE"
         )
+        raise DivergedError(f"step {state.step}: the held-out loss is {result.loss}\n  {advice}")
     wanted = run.recipe.eval.metric_for_best_model
+    if wanted not in result.metrics:
+        raise UserError(
+            f"eval.metric_for_best_model is {wanted!r}, which the objective does not measure; allowed: "
+            f"{', '.join(result.metrics)}"
+        )
     score = result.comparable_loss if wanted == "loss" else result.metrics[wanted]
     improved = state.best_score is None or score < state.best_score
     if improved:

@@ -147,6 +147,6 @@ def _users_own(path: str) -> Objective:
     if missing:
         raise UserError(
             f"objective: {path} has no function {', '.join(missing)}.\n"
-            "  An objective is three functions: collate, loss, metrics (docs/objectives.md shows one)."
+            "  An objective is three functions: collate, loss, metrics; see shoestring.train.objectives."
         )
     return Objective(collate=holder.collate, loss=holder.loss, metrics=holder.metrics)

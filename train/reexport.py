@@ -31,6 +31,11 @@ def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> N
     recipe = run_recipe(run)
     if to == "adapter" and recipe.adapter is None:
         raise UserError(f"{run} trained every weight and has no adapter.  Try: --to merged")
+    if not (run / "plan.json").is_file():
+        raise UserError(
+            f"{run} has lost its plan.json, which says how its model was built.\n"
+            "  Copy it back from where the run came from.  final/, if the run finished, needs none."
+        )
     console = Console(highlight=False)
     chosen = _choose(run, checkpoint, console)
     facts = read_facts(recipe.model)

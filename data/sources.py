@@ -142,6 +142,6 @@ def _from_hub(source: Source) -> Any:
         raise UserError(
             f"data: {source.path} (split {split}) is no file or folder here, and the hub did not give it:\n"
             f"  {type(error).__name__}: {reason}\n"
-            "  Check the id and the connection, or give a local file, folder or glob."
+            "  Check id, split and connection, or give a local file, folder or glob."
         ) from error
     return dataset

@@ -138,14 +138,13 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        plain: dict[str, Any] = PretrainedConfig.get_config_dict(
-            source.load_name, revision=source.revision
-        )[0]
+        found = PretrainedConfig.get_config_dict(source.load_name, revision=source.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{KEY}: config.json of {source.name} cannot be read: {str(error).splitlines()[0]}\n"
             "  The download or copy did not finish; fetch the model again."
         ) from error
+    plain: dict[str, Any] = found[0]
     kind = plain.get("model_type")
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in plain:

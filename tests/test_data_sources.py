@@ -285,7 +285,8 @@ def test_hub_ids_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets, "load_dataset", fail)
     assert refusal("org/name", split="valid") == (
         "data: org/name (split valid) is no file or folder here, and the hub did not give it:\n"
-        "  ValueError: Unknown split 'valid'."
+        "  ValueError: Unknown split 'valid'.\n"
+        "  Check id, split and connection, or give a local file, folder or glob."
     )
 
 

@@ -25,14 +25,15 @@ def resolve_dtype(model: ModelConfig, *, full: bool, device: torch.device) -> to
     """Type of the weights that are not quantised.
 
     The recipe's, or for `auto`: float32 when all weights are trained (the loop computes in bfloat16 by
-    autocast, the optimizer needs the digits), else bfloat16, or float16 on a GPU too old for it.
+    autocast, the optimizer needs the digits), else bfloat16, or float32 on a GPU too old for it (float16
+    would need its losses scaled).
     """
     if model.dtype is not None:
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[model.dtype]
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[model.dtype]
     if full:
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+        return torch.float32
     return torch.bfloat16
 
 

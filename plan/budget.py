@@ -140,7 +140,7 @@ def spend(
 def too_short(limits: Limits, outside: dict[str, float], step: StepTime) -> BudgetError:
     """The refusal of a budget that does not cover start, one step and landing."""
     needed = sum(outside.values()) + 20 * step.seconds
-    start = outside["start"] + outside["load"] + outside["compile"]
+    start = outside["start"] + outside["load"]
     rows = []
     if limits.cost_seconds is not None and limits.cost_seconds <= (limits.seconds or inf):
         price = limits.price_per_hour or 0.0

@@ -59,7 +59,6 @@ LOAD_BYTES_PER_SECOND = 0.4e9
 SAVE_SECONDS = 0.3
 EXPORT_SECONDS = 2.0
 REPORT_SECONDS = 3.0
-COMPILE_SECONDS = 60.0
 # One generated token reads all weights once, and pays this for the interpreter.
 DECODE_SECONDS_PER_LAYER = 0.5e-3
 

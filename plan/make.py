@@ -140,7 +140,6 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
         eval_between_seconds=rows.between_seconds,
         samples=recipe.eval.samples,
         max_new_tokens=recipe.eval.max_new_tokens,
-        compiled=recipe.train.torch_compile,
     )
     spending = spend(
         recipe,

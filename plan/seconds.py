@@ -54,7 +54,6 @@ class Fixed:
     """Seconds of everything that is no training step, once each, before a better figure is measured."""
 
     load: float
-    compile: float
     eval: float  # one evaluation at the start or the end
     eval_between: float
     samples: float  # one round of sample answers
@@ -82,7 +81,6 @@ def fixed_seconds(
     eval_between_seconds: float,
     samples: int,
     max_new_tokens: int,
-    compiled: bool,
 ) -> Fixed:
     """First guesses; the Clock replaces each by what it measures."""
     saved = 2 * sizes.gradients + sizes.optimizer
@@ -90,7 +88,6 @@ def fixed_seconds(
     written = sizes.merged or sizes.adapter
     return Fixed(
         load=defaults.LOAD_SECONDS + sizes.unquantised / defaults.LOAD_BYTES_PER_SECOND,
-        compile=defaults.COMPILE_SECONDS if compiled else 0.0,
         eval=eval_seconds,
         eval_between=eval_between_seconds,
         samples=max_new_tokens * token if samples else 0.0,
@@ -129,7 +126,6 @@ def overhead(fixed: Fixed, *, elapsed: float, evals: int, saves: int) -> dict[st
     return {
         "start": elapsed,
         "load": fixed.load,
-        "compile": fixed.compile,
         "evaluations": evals * fixed.eval_between + 2 * fixed.eval,
         "samples": 2 * fixed.samples,
         "saves": (saves + 1) * fixed.save,

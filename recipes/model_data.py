@@ -21,7 +21,7 @@ class ModelConfig(Section):
     revision: str | None = Field(
         default=None, description="Branch, tag or commit on the hub; null is the main branch."
     )
-    dtype: Auto[Literal["bfloat16", "float16", "float32"]] = Field(
+    dtype: Auto[Literal["bfloat16", "float32"]] = Field(
         default=None, description="Type of the weights that are not quantised, and of the arithmetic."
     )
     load_in_4bit: bool = Field(

@@ -63,9 +63,6 @@ class TrainConfig(Section):
     activation_checkpointing: Auto[bool] = Field(
         default=None, description="Compute activations again in the backward pass instead of keeping them."
     )
-    torch_compile: bool = Field(
-        default=False, description="Compile the model; the time it takes is part of the budget."
-    )
     fused_ops: bool = Field(
         default=True, description="Use the faster, equivalent operations of shoestring where they fit."
     )

@@ -94,8 +94,13 @@ def write_run(folder: Path, fake: Fake) -> RunDir:
             "memory": {
                 "device": {"weights": 2.7e8, "activations": 9e8, "total": 1.17e9} if fake.gpu else {},
                 "host": {
-                    "weights": 269_030_016, "gradients": 9_768_960, "optimizer": 39_075_840, "activations": 731_000_000,
-                    "logits": 201_326_592, "other": 642_000_000, "total": 1_892_201_408,
+                    "weights": 269_030_016,
+                    "gradients": 9_768_960,
+                    "optimizer": 39_075_840,
+                    "activations": 731_000_000,
+                    "logits": 201_326_592,
+                    "other": 642_000_000,
+                    "total": 1_892_201_408,
                 },
             },
             "memory_limits": {"host": 24_600_000_000},
@@ -105,7 +110,7 @@ def write_run(folder: Path, fake: Fake) -> RunDir:
                 "batch_tokens": "4096: the measured rate gains less than 2 % above it",
             },
         }
-    )  # fmt: skip
+    )
     run.write_environment(
         {
             "started": "2026-03-14T09:26:53+01:00",
@@ -161,12 +166,19 @@ def _write_logs(run: RunDir, fake: Fake, rng: random.Random) -> None:
         now += step_seconds
         metrics.write(
             {
-                "step": step, "seconds": round(now, 3), "tokens": tokens, "progress": progress, "loss": loss,
-                "learning_rate": fake.rate * factor, "grad_norm": abs(rng.gauss(0.9, 0.2)) + math.exp(-9 * progress),
-                "tokens_per_second": rate, "host_bytes": int(1.55e9 + 2.4e8 * rng.random()),
-                "device_bytes": int(1.1e9) if fake.gpu else None, "watts": rng.gauss(480, 25) if fake.watts else None,
+                "step": step,
+                "seconds": round(now, 3),
+                "tokens": tokens,
+                "progress": progress,
+                "loss": loss,
+                "learning_rate": fake.rate * factor,
+                "grad_norm": abs(rng.gauss(0.9, 0.2)) + math.exp(-9 * progress),
+                "tokens_per_second": rate,
+                "host_bytes": int(1.55e9 + 2.4e8 * rng.random()),
+                "device_bytes": int(1.1e9) if fake.gpu else None,
+                "watts": rng.gauss(480, 25) if fake.watts else None,
             }
-        )  # fmt: skip
+        )
         if step % max(1, fake.steps // 9) == 0:
             now += 1.4 * share
             held = fake.floor + 0.1 + (3.4 - fake.floor) * math.exp(-3.6 * progress)
@@ -182,15 +194,30 @@ def _write_logs(run: RunDir, fake: Fake, rng: random.Random) -> None:
             events.write(kind, kind=kind, duration=duration * share, step=last)
         events.write("stop", step=last, reason="time")
         Summary(
-            stop_reason="time", steps=last, tokens=tokens, trained_tokens=int(tokens * 0.42), seconds=round(now, 2),
-            budget={"time": {"given": fake.seconds, "used": round(now, 2)}, "tokens": {"given": 900_000, "used": tokens}},
-            final_progress=1.0, final_learning_rate=fake.rate * 0.004, train_loss=loss, eval_loss_before=3.412,
-            eval_loss=held, best_eval_loss=held, tokens_per_second=tokens / (step_seconds * last),
-            peak_host_bytes=1_984_000_000, predicted_host_bytes=1_892_201_408,
-            peak_device_bytes=1_180_000_000 if fake.gpu else None, predicted_device_bytes=1_170_000_000 if fake.gpu else None,
-            energy_joules=86_400.0 if fake.watts else None, cost=0.12 if fake.gpu else None,
+            stop_reason="time",
+            steps=last,
+            tokens=tokens,
+            trained_tokens=int(tokens * 0.42),
+            seconds=round(now, 2),
+            budget={
+                "time": {"given": fake.seconds, "used": round(now, 2)},
+                "tokens": {"given": 900_000, "used": tokens},
+            },
+            final_progress=1.0,
+            final_learning_rate=fake.rate * 0.004,
+            train_loss=loss,
+            eval_loss_before=3.412,
+            eval_loss=held,
+            best_eval_loss=held,
+            tokens_per_second=tokens / (step_seconds * last),
+            peak_host_bytes=1_984_000_000,
+            predicted_host_bytes=1_892_201_408,
+            peak_device_bytes=1_180_000_000 if fake.gpu else None,
+            predicted_device_bytes=1_170_000_000 if fake.gpu else None,
+            energy_joules=86_400.0 if fake.watts else None,
+            cost=0.12 if fake.gpu else None,
             final_path=str(run.final),
-        ).write(run.summary)  # fmt: skip
+        ).write(run.summary)
     metrics.close()
     events.close()
 

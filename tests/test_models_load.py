@@ -45,7 +45,6 @@ def recipe(path: Path, **keys: object) -> ModelConfig:
         (None, False, torch.bfloat16),
         ("float32", False, torch.float32),
         ("bfloat16", True, torch.bfloat16),
-        ("float16", False, torch.float16),
     ],
 )
 def test_the_type_of_the_weights(asked: str | None, full: bool, given: torch.dtype) -> None:

@@ -208,7 +208,7 @@ KEEP = """
 import resource, torch
 from shoestring.ops import keep_freed_memory
 print(keep_freed_memory())
-for _ in range(3): torch.ones(16 * 2**20)
+for _ in range(20): torch.ones(16 * 2**20)  # until the heap holds a hole that fits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10): torch.ones(16 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

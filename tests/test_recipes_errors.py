@@ -76,13 +76,13 @@ AFTER = {
     "section_is_a_number": (
         "train: 5\n",
         "recipe.yaml:4  train is 5; allowed: a mapping with batch_tokens, per_device_train_batch_size, "
-        "gradient_accumulation_steps, activation_checkpointing, torch_compile, fused_ops, ...",
+        "gradient_accumulation_steps, activation_checkpointing, fused_ops, seed",
     ),
     "section_is_empty": (
         "train:\n  # seed: 3\n",
         "recipe.yaml:4  train is empty; leave the line out for the defaults, or give a mapping with "
         "batch_tokens, per_device_train_batch_size, gradient_accumulation_steps, "
-        "activation_checkpointing, torch_compile, fused_ops, ...",
+        "activation_checkpointing, fused_ops, seed",
     ),
     "adapter_is_a_list": (
         "adapter: [1]\n",
@@ -95,8 +95,8 @@ AFTER = {
         "of at least 1",
     ),
     "number_for_a_switch": (
-        "train: {torch_compile: 1}\n",
-        "recipe.yaml:4  train.torch_compile is 1; allowed: true or false",
+        "train: {fused_ops: 1}\n",
+        "recipe.yaml:4  train.fused_ops is 1; allowed: true or false",
     ),
     "number_out_of_range": (
         "adapter: {r: 0}\n",
@@ -250,7 +250,7 @@ WHOLE = {
     ),
     "type_abbreviated": (
         "model: {model_name_or_path: m, dtype: bf16}\ndata: a\nbudget: 1h\n",
-        "recipe.yaml:1  model.dtype is 'bf16'; allowed: auto, bfloat16, float16 or float32.   Did you "
+        "recipe.yaml:1  model.dtype is 'bf16'; allowed: auto, bfloat16 or float32.   Did you "
         "mean bfloat16 ?",
     ),
     "no_model_name": (

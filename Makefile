@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/shoestring train cpu-demo --fresh
 
 test: install
-	$(BIN)/pytest -n 2 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests  # two workers on two cores: a thread each
 
 check: install types
 	$(BIN)/ruff check .

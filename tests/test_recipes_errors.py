@@ -250,8 +250,7 @@ WHOLE = {
     ),
     "type_abbreviated": (
         "model: {model_name_or_path: m, dtype: bf16}\ndata: a\nbudget: 1h\n",
-        "recipe.yaml:1  model.dtype is 'bf16'; allowed: auto, bfloat16 or float32.   Did you "
-        "mean bfloat16 ?",
+        "recipe.yaml:1  model.dtype is 'bf16'; allowed: auto, bfloat16 or float32.   Did you mean bfloat16 ?",
     ),
     "no_model_name": (
         "model: {dtype: auto}\ndata: a\nbudget: 1h\n",

@@ -30,6 +30,23 @@ Overrides = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run directory, such as runs/cpu-demo.", metavar="RUN")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"shoestring {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options of all verbs."""
+
+
 @app.command(
     epilog="Examples:   shoestring new     ·     shoestring new cpu-demo > my.yaml     ·     "
     "shoestring new gpu-24gb-lora -o my.yaml"

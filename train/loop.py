@@ -122,6 +122,8 @@ def train_loop(run: Run) -> str:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             set_random_state(boundary)
             _diverged(run, step, micro_batches, loss, grad_norm)
+        if state.step == 0 and grad_norm == 0.0:
+            raise UserError("step 1: no trained weight has a gradient, so nothing would be learned")
         seconds = time.monotonic() - began
         run.clock.finish_step(seconds=seconds, tokens=step.tokens, epochs=step.epoch)
         state.step += 1

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,15 +86,23 @@ def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def own_head_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss through the model's own head, at the trained positions only (rows one by one when padded)."""
+    """Loss through the model's own head, at the trained positions only."""
+    return nn.functional.cross_entropy(trained_logits(model, batch).float(), batch.labels, reduction="sum")
+
+
+def trained_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[n, vocabulary]: the model's own logits for each of `batch.labels`, whose n positions alone it scores.
+
+    Of padded rows the head sees the positions at which any of them is trained.
+    """
     if batch.input_ids.shape[0] == 1:
-        logits = model(**model_inputs(batch), logits_to_keep=batch.targets).logits[0]
-    else:
-        length = batch.input_ids.shape[1]
-        keep = torch.unique(batch.targets % length)
-        column = torch.searchsorted(keep, batch.targets % length)
-        logits = model(**model_inputs(batch), logits_to_keep=keep).logits[batch.targets // length, column]
-    return nn.functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        logits: Tensor = model(**model_inputs(batch), logits_to_keep=batch.targets).logits
+        return logits[0]
+    length = batch.input_ids.shape[1]
+    keep = torch.unique(batch.targets % length)
+    column = torch.searchsorted(keep, batch.targets % length)
+    logits = model(**model_inputs(batch), logits_to_keep=keep).logits
+    return logits[batch.targets // length, column]
 
 
 def model_inputs(batch: Batch) -> dict[str, object]:
@@ -136,12 +146,15 @@ def _head_is_plain(model: nn.Module) -> bool:
 
 def _users_own(path: str) -> Objective:
     module_name, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:  # last: a file here must not hide an installed package
+        sys.path.append(str(Path.cwd()))
     try:
         holder = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"objective: {path} cannot be imported: {error}\n"
-            f"  It must be module:name, with the module on PYTHONPATH.  Try: python -c 'import {module_name}'"
+            "  It must be module:name, with the module in this folder or on PYTHONPATH.  "
+            f"Try: python -c 'import {module_name}'"
         ) from error
     missing = [name for name in ("collate", "loss", "metrics") if not callable(getattr(holder, name, None))]
     if missing:

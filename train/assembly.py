@@ -1,0 +1,171 @@
+"""What follows from a recipe: rows, plan, model with its engine, and the lines that say so on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import xxhash
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+
+from ..adapters import attach
+from ..checkpoint import Checkpoint
+from ..data import Prepared, TokenRows, collate, prepare
+from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
+from ..ops import use_fused
+from ..optimizers import build_optimizer
+from ..plan import Plan, data_facts, make_plan, probe
+from ..recipes import Recipe
+from ..schedules import Clock, Limits
+from .engine import NativeEngine
+from .objectives import LossModule, base_model, build_objective
+from .rundir import RunDir
+from .screen import Headline, Screen
+
+
+def read_data(
+    recipe: Recipe, facts: ModelFacts, tokenizer: Any, accelerator: Accelerator, max_length: int | None = None
+) -> Prepared:
+    """The rows; the main process prepares them first, the others find them in the cache."""
+    section = recipe.data
+    if max_length is not None:
+        section = section.model_copy(update={"max_length": max_length})
+    with accelerator.main_process_first():
+        return prepare(section, tokenizer, seed=recipe.train.seed, max_length=facts.max_positions)
+
+
+def fingerprint(rows: TokenRows) -> str:
+    """Identity of the training rows: their tokens, which of them are trained, and where each row ends."""
+    digest = xxhash.xxh3_128()
+    for array in (rows.tokens, rows.trained, rows.offsets):
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def decide(
+    recipe: Recipe,
+    facts: ModelFacts,
+    data: Prepared,
+    accelerator: Accelerator,
+    run_dir: RunDir,
+    checkpoint: Checkpoint | None,
+    started: float,
+    screen: Screen,
+) -> Plan:
+    """Made by the main process and sent to the others; a resumed run keeps the plan that it began with."""
+    holder: list[Any] = [None]
+    if accelerator.is_main_process:
+        if checkpoint is not None and run_dir.plan.exists():
+            plan = Plan.from_json(run_dir.plan.read_text(encoding="utf-8"))
+        else:
+            screen.status("measuring a small copy of the model")
+            machine = probe(run_dir.path, device=str(accelerator.device))
+            elapsed = Clock(Limits(seconds=float("inf")), started=started).seconds
+            plan = make_plan(
+                recipe,
+                machine,
+                facts,
+                data_facts(data.train, data.eval),
+                world_size=accelerator.num_processes,
+                elapsed=elapsed,
+            )
+        holder = [plan.to_json()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(holder)
+    return Plan.from_json(holder[0])
+
+
+def build_engine(
+    recipe: Recipe,
+    plan: Plan,
+    facts: ModelFacts,
+    data: Prepared,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> tuple[NativeEngine, list[str]]:
+    """The model with its adapter, its loss and its optimizer; and a line for each kind of fused module."""
+    set_seed(recipe.train.seed)
+    device = accelerator.device
+    model = load_model(facts, recipe.model, device=device, dtype=getattr(torch, plan.dtype))
+    if plan.packed:
+        use_packed_attention(model)
+    adapter = recipe.adapter
+    loftq = adapter is not None and adapter.init_lora_weights == "loftq"
+    trained = attach(
+        model,
+        adapter,
+        facts,
+        seed=recipe.train.seed,
+        eva_batches=_eva_batches(recipe, plan, data, device),
+        original_weight=weight_reader(facts) if loftq and recipe.model.load_in_4bit else None,
+        saved=checkpoint.path if checkpoint is not None and adapter is not None else None,
+        checkpointing="non_reentrant" if plan.activation_checkpointing else "none",
+    )
+    fused = use_fused(trained) if recipe.train.fused_ops else []
+    trained.to(device)
+    if plan.activation_checkpointing:
+        base_model(trained).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    objective = build_objective(recipe.objective, trained)
+    optimizer = build_optimizer(
+        trained, recipe.optimizer, loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None
+    )
+    return NativeEngine(accelerator, LossModule(trained, objective), optimizer, plan.autocast), fused
+
+
+def _eva_batches(
+    recipe: Recipe, plan: Plan, data: Prepared, device: torch.device
+) -> list[dict[str, Any]] | None:
+    """Rows for EVA's look at the activations; padded, since PEFT reads an attention mask."""
+    if recipe.adapter is None or recipe.adapter.init_lora_weights != "eva":
+        return None
+    batches = []
+    for start in range(0, min(64, len(data.train)), 4):
+        batch = collate(data.train, list(range(start, min(start + 4, len(data.train)))), packed=False).to(
+            device
+        )
+        labels = torch.full_like(batch.input_ids, -100)
+        length = batch.input_ids.shape[1]
+        labels[batch.targets // length, batch.targets % length] = batch.labels
+        batches.append(
+            {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
+        )
+    return batches
+
+
+def headline(recipe: Recipe, plan: Plan, data: Prepared, run_dir: RunDir) -> Headline:
+    """What will happen, for the screen."""
+    budget = recipe.budget
+    given = [
+        f"{name} {getattr(value, 'text', value)}"
+        for name, value in budget
+        if value is not None and name in ("time", "cost", "price", "energy", "tokens", "steps", "epochs")
+    ]
+    limits = {tier: (sum_, plan.memory_limits.get(tier)) for tier, sum_ in _totals(plan).items()}
+    return Headline(
+        model=plan.model,
+        trained_parameters=plan.trained_parameters,
+        parameters=plan.parameters,
+        data=f"{len(data.train):,} rows, {data.report.train_tokens:,} tokens, "
+        f"{data.report.trained_share:.0%} trained",
+        budget=", ".join(given),
+        tokens=plan.tokens_in_budget,
+        finish_seconds=plan.finish_seconds,
+        device=f"{plan.machine}" if plan.device == "cpu" else f"{plan.machine} ({plan.device})",
+        memory=limits,
+        output_dir=str(run_dir.path),
+        more=[
+            (
+                "steps",
+                f"about {plan.steps:,} of {plan.batch_rows or plan.batch_tokens:,} "
+                f"{'rows' if plan.batch_rows else 'tokens'}, {plan.epochs:.2g} epochs, "
+                f"peak rate {plan.learning_rate:.1e}, {recipe.schedule.name}",
+            )
+        ],
+    )
+
+
+def _totals(plan: Plan) -> dict[str, int]:
+    return {tier: parts["total"] for tier, parts in plan.memory.items() if parts}

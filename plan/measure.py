@@ -160,7 +160,8 @@ def _run_head(
     """(peak bytes, seconds of both passes, seconds of the forward pass), over trained tokens.
 
     Measured at half a chunk of the loss, one, and two: from there only the hidden states grow (each about 4
-    times: gathered, cast, its gradient, and that gradient put back among all positions).
+    times: gathered, cast, its gradient, and that gradient put back among all positions). With a small
+    vocabulary a chunk holds more tokens than any micro-batch; then the logits grow on as they did.
     """
     trained = recipe.adapter is None
     dtype = setting.precision.dtype
@@ -169,12 +170,15 @@ def _run_head(
     if trained:
         weight.grad = torch.zeros_like(weight)
     chunk = max(2, (TRAINED_CHUNK if trained else FROZEN_CHUNK) // facts.vocab_size)
-    counts = (chunk // 2, chunk, 2 * chunk)
+    middle = min(chunk, max(setting.tokens))
+    counts = (middle // 2, middle, 2 * middle)
     _head_point(facts, device, setting, weight, 1)  # warm
     points = [_head_point(facts, device, setting, weight, count) for count in counts]
+    hidden_states = 4.0 * facts.hidden_size * dtype.itemsize
+    still_growing = (points[2][0] - points[1][0]) / (counts[2] - counts[1])
     bytes_ = Polyline(
         tuple((float(count), point[0]) for count, point in zip(counts, points, strict=True)),
-        4.0 * facts.hidden_size * dtype.itemsize,
+        hidden_states if middle == chunk else max(hidden_states, still_growing),
     )
     seconds, forward_seconds = (
         line_through(counts[0], points[0][k], counts[2], points[2][k]) for k in (1, 2)

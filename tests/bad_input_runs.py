@@ -236,7 +236,7 @@ BUDGETS = [
         "too little host memory",
         3,
         "cheapest change: train.",
-        (*PLAN, "budget.host_memory=1.5GB", "train={per_device_train_batch_size: 2000}"),
+        (*PLAN, "budget.host_memory=0.9GB", "train={per_device_train_batch_size: 500}"),
         rows(*[LONG] * 800),
         process=True,
     ),

@@ -96,15 +96,15 @@ def test_plan_in_words_and_as_json_agree(finished: Path) -> None:
     plan = json.loads(shoestring_says("plan", finished / "recipe.yaml", "--json"))
     assert plan["steps"] == 3
     assert plan["memory"]["host"]["total"] > plan["memory"]["host"]["weights"] > 0
-    for part in ("weights", "gradients", "optimizer", "activations", "logits"):
-        assert part in plan["memory"]["host"]
+    for part in ("weights", "libraries", "other"):  # of a model so small, loading is the largest phase
+        assert plan["memory"]["host"][part] > 0
         assert part in words
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     words = plain(shoestring_says("train", recipe, "--dry-run"))
-    assert "activations" in words
+    assert "12 steps" in words
     assert not (tmp_path / "run").exists()
 
 

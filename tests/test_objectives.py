@@ -68,7 +68,7 @@ def test_the_loss_is_the_definition(
 ) -> None:
     indices = [3, 0, 7, 5]
     got = loss(model, collate(rows, indices, packed=packed))
-    assert float(got) == pytest.approx(whole_loss(model, rows, indices), rel=1e-5)
+    assert got.item() == pytest.approx(whole_loss(model, rows, indices), rel=1e-5)
 
 
 def test_both_losses_have_the_same_gradients(model: LlamaForCausalLM, rows: TokenRows) -> None:

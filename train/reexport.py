@@ -17,7 +17,7 @@ from .export import export_final
 from .inspect import run_recipe
 from .landing import probe_tokens
 from .quiet import quiet_libraries
-from .run import build_engine
+from .assembly import build_engine
 
 
 def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> None:

@@ -13,11 +13,11 @@ from ..data import prepare
 from ..models import load_tokenizer, read_facts
 from ..plan import Plan
 from ..recipes.errors import UserError
+from .assembly import build_engine
 from .export import export_final
 from .inspect import run_recipe
 from .landing import probe_tokens
 from .quiet import quiet_libraries
-from .assembly import build_engine
 
 
 def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> None:

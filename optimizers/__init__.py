@@ -1,8 +1,50 @@
-"""Building the optimizer, its groups, its rate, its state's bytes, and gradient clipping."""
+"""Memory-light optimizers, the libraries' beside them, and what builds, groups, clips and counts them."""
 
-from .build import build_optimizer, set_rate
+from .adalomo import AdaLOMO
+from .apollo import APOLLO, APOLLOMini
+from .badam import BAdam
+from .build import build_optimizer, set_rate, takes_matrices
 from .clip import clip_by_global_norm
+from .cosmos import COSMOS
+from .cost import Cost, update_cost
+from .frugal import FRUGAL
+from .galore import GaLore
 from .groups import parameter_groups
-from .state_bytes import state_bytes
+from .lomo import LOMO
+from .low_bit_adamw import AdamW
+from .muon import Muon
+from .natural_galore import NaturalGaLore
+from .q_apollo import QAPOLLO
+from .rates import rate_over_adamw
+from .roles import Slot, share_line, slots
+from .soap import SOAP
+from .state_bytes import gradient_elements, state_bytes
 
-__all__ = ["build_optimizer", "clip_by_global_norm", "parameter_groups", "set_rate", "state_bytes"]
+__all__ = [
+    "APOLLO",
+    "COSMOS",
+    "FRUGAL",
+    "LOMO",
+    "QAPOLLO",
+    "SOAP",
+    "APOLLOMini",
+    "AdaLOMO",
+    "AdamW",
+    "BAdam",
+    "Cost",
+    "GaLore",
+    "Muon",
+    "NaturalGaLore",
+    "Slot",
+    "build_optimizer",
+    "clip_by_global_norm",
+    "gradient_elements",
+    "parameter_groups",
+    "rate_over_adamw",
+    "set_rate",
+    "share_line",
+    "slots",
+    "state_bytes",
+    "takes_matrices",
+    "update_cost",
+]

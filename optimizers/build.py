@@ -9,27 +9,64 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from ..recipes.choices import AdamW, AdamW8bit, Lion8bit, OptimizerConfig, PagedAdamW8bit
 from ..recipes.errors import UserError
+from ..recipes.optimizers import (
+    Adafactor,
+    AdaLomo,
+    AdamMini,
+    AdamW,
+    AdamW8bit,
+    Apollo,
+    ApolloMini,
+    BAdam,
+    Came,
+    Cosmos,
+    Frugal,
+    GaLore,
+    Lion,
+    Lion8bit,
+    Lomo,
+    Muon,
+    NaturalGaLore,
+    OptimizerConfig,
+    PagedAdamW8bit,
+    QApollo,
+    ScheduleFreeAdamW,
+    Soap,
+)
+from . import adalomo, apollo, badam, cosmos, frugal, galore, lomo, muon, natural_galore, q_apollo, soap
+from .from_libraries import build_from_library
 from .groups import parameter_groups
+from .low_bit_adamw import AdamW as OwnAdamW
 
 _log = logging.getLogger(__name__)
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+_MATRICES = (Apollo, ApolloMini, QApollo, GaLore, NaturalGaLore, Frugal, Cosmos, Muon, Soap)
+_NOT_ARGUMENTS = {"name", "learning_rate", "max_grad_norm", "step_in_backward", "clipping", "group_size"}
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, loraplus_lr_ratio: float | None = None
+    model: nn.Module, config: OptimizerConfig, *, loraplus_lr_ratio: float | None = None, seed: int = 0
 ) -> torch.optim.Optimizer:
     """The optimizer of all parameters of `model` that require a gradient, in the groups of
     `parameter_groups`.
 
-    Its rate is zero until `set_rate` gives one: the schedule sets it at every step. Raises UserError when the
-    package of an 8-bit optimizer is missing.
+    Its rate is zero until `set_rate` gives one: the schedule sets it at every step. seed: of random
+    projections and rounding. Raises UserError when a package that the optimizer needs is missing.
     """
-    groups = parameter_groups(model, weight_decay=config.weight_decay, loraplus_lr_ratio=loraplus_lr_ratio)
+    groups = parameter_groups(
+        model,
+        weight_decay=config.weight_decay,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+        matrices=isinstance(config, _MATRICES),
+        rank=getattr(config, "rank", None) if isinstance(config, _MATRICES) else None,
+    )
     parameters = [parameter for group in groups for parameter in group["params"]]
+    options = {key: getattr(config, key) for key in type(config).model_fields if key not in _NOT_ARGUMENTS}
     match config:
         case AdamW():
+            if any(asks_for_own_adamw(config, p.dtype) for p in parameters):
+                return OwnAdamW(groups, lr=0.0, seed=seed, **options)
             return torch.optim.AdamW(
                 groups, lr=0.0, betas=config.betas, eps=config.eps, fused=_can_fuse(parameters)
             )
@@ -43,8 +80,45 @@ def build_optimizer(
         case Lion8bit():
             lion = _bitsandbytes(config.name).optim.Lion8bit
             return _built(lion(groups, lr=0.0, betas=config.betas))
+        case Apollo():
+            return apollo.APOLLO(groups, lr=0.0, seed=seed, **options)
+        case ApolloMini():
+            return apollo.APOLLOMini(groups, lr=0.0, seed=seed, **options)
+        case QApollo():
+            return q_apollo.QAPOLLO(groups, lr=0.0, seed=seed, **options)
+        case NaturalGaLore():
+            return natural_galore.NaturalGaLore(groups, lr=0.0, seed=seed, **options)
+        case GaLore():
+            return galore.GaLore(groups, lr=0.0, seed=seed, **options)
+        case Frugal():
+            return frugal.FRUGAL(groups, lr=0.0, seed=seed, **options)
+        case Cosmos():
+            return cosmos.COSMOS(groups, lr=0.0, seed=seed, **options)
+        case Muon():
+            return muon.Muon(groups, lr=0.0, seed=seed, **options)
+        case Soap():
+            return soap.SOAP(groups, lr=0.0, seed=seed, **options)
+        case BAdam():
+            return badam.build(model, config, seed=seed, loraplus_lr_ratio=loraplus_lr_ratio)
+        case Lomo():
+            return lomo.LOMO(groups, lr=0.0, seed=seed, **options)
+        case AdaLomo():
+            return adalomo.AdaLOMO(groups, lr=0.0, seed=seed, **options)
+        case Adafactor() | Lion() | AdamMini() | Came() | ScheduleFreeAdamW():
+            return build_from_library(model, config, groups)
         case _:
             assert_never(config)
+
+
+def takes_matrices(config: OptimizerConfig) -> bool:
+    """Whether the rule is for matrices and AdamW takes all other tensors."""
+    return isinstance(config, _MATRICES)
+
+
+def asks_for_own_adamw(config: AdamW, dtype: torch.dtype) -> bool:
+    """Whether an option asks for more than torch's AdamW does with weights of `dtype`."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return config.state_bits != 32 or config.step_in_backward or (narrow and config.weights != "plain")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,7 +6,8 @@
 | adamw_8bit, paged_adamw_8bit | n < 4096: 8 n; else 2 n + 8 ceil(n / 256) (a scale per block) | 2048 |
 | lion_8bit                    | n < 4096: 4 n; else n + 4 ceil(n / 256)                       | 1024 |
 
-"once" are the tables of 256 float32 values that all 8-bit tensors share.
+"once" are the tables of 256 float32 values that all 8-bit tensors share. Each of our own states its matrices'
+bytes beside its rule (`state_bytes(shape, config, dtype)`); the other tensors have AdamW's, in `state_bits`.
 """
 
 import math
@@ -15,7 +16,34 @@ from typing import assert_never
 
 import torch
 
-from ..recipes.choices import AdamW, AdamW8bit, Lion8bit, OptimizerConfig, PagedAdamW8bit
+from ..recipes.optimizers import (
+    Adafactor,
+    AdaLomo,
+    AdamMini,
+    AdamW,
+    AdamW8bit,
+    Apollo,
+    ApolloMini,
+    BAdam,
+    Came,
+    Cosmos,
+    Frugal,
+    GaLore,
+    Lion,
+    Lion8bit,
+    Lomo,
+    Muon,
+    NaturalGaLore,
+    OptimizerConfig,
+    PagedAdamW8bit,
+    QApollo,
+    ScheduleFreeAdamW,
+    Soap,
+)
+from . import adalomo, adamw, apollo, badam, cosmos, frugal, galore, lomo, muon, natural_galore, soap
+from .build import asks_for_own_adamw
+from .from_libraries import library_state_bytes
+from .roles import Slot
 
 BLOCK = 256
 """Elements that share one scale in bitsandbytes' 8-bit states."""
@@ -23,18 +51,71 @@ SMALLEST_8BIT = 4096
 """bitsandbytes keeps the states of smaller tensors in float32."""
 
 
-def state_bytes(config: OptimizerConfig, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Bytes of state after the first step, for trained parameters of these shapes, all of `dtype`."""
-    elements = [math.prod(shape) for shape in shapes]
+def state_bytes(config: OptimizerConfig, slots: Iterable[Slot], dtype: torch.dtype) -> int:
+    """Bytes of state after the first step, for trained parameters like these, all of `dtype`."""
+    trained = list(slots)
+    elements = [slot.elements for slot in trained]
     match config:
         case AdamW():
+            if asks_for_own_adamw(config, dtype):
+                return sum(adamw.state_bytes(slot.shape, config, dtype) for slot in trained)
             return sum(2 * n * dtype.itemsize + 4 for n in elements)
         case AdamW8bit() | PagedAdamW8bit():
             return _blockwise(elements, states=2)
         case Lion8bit():
             return _blockwise(elements, states=1)
+        case Apollo() | ApolloMini() | QApollo():
+            rule = apollo.state_bytes
+        case NaturalGaLore():
+            rule = natural_galore.state_bytes
+        case GaLore():
+            rule = galore.state_bytes
+        case Frugal():
+            return _frugal(config, trained, dtype)
+        case Cosmos():
+            rule = cosmos.state_bytes
+        case Muon():
+            rule = muon.state_bytes
+        case Soap():
+            rule = soap.state_bytes
+        case BAdam():
+            return badam.state_bytes(((slot.name, slot.shape) for slot in trained), config, dtype)
+        case Lomo():
+            return sum(lomo.state_bytes(slot.shape, config, dtype) for slot in trained)
+        case AdaLomo():
+            return sum(adalomo.state_bytes(slot.shape, config, dtype) for slot in trained)
+        case Adafactor() | Lion() | AdamMini() | Came() | ScheduleFreeAdamW():
+            return library_state_bytes(config, [(slot.name, slot.shape) for slot in trained], dtype)
         case _:
             assert_never(config)
+    return sum(
+        (rule if slot.role == "matrix" else adamw.state_bytes)(slot.shape, config, dtype) for slot in trained
+    )
+
+
+def gradient_elements(config: OptimizerConfig, slots: Iterable[Slot], *, accumulates: bool) -> int:
+    """Elements of gradients that are alive together. accumulates: a step may have several micro-batches."""
+    trained = list(slots)
+    if isinstance(config, BAdam) and trained:
+        return badam.largest_elements(((slot.name, slot.shape) for slot in trained), config)
+    sizes = [slot.elements for slot in trained]
+    if getattr(config, "step_in_backward", False) and not accumulates:
+        return max(sizes, default=0)
+    return sum(sizes)
+
+
+def _frugal(config: Frugal, trained: list[Slot], dtype: torch.dtype) -> int:
+    """With `blocks` the active matrices change: the largest ones count, for that may come."""
+    others = sum(adamw.state_bytes(s.shape, config, dtype) for s in trained if s.role != "matrix")
+    matrices = [s for s in trained if s.role == "matrix"]
+    if config.projection != "blocks":
+        return others + sum(frugal.state_bytes(s.shape, config, dtype) for s in matrices)
+    matrices.sort(key=lambda slot: slot.elements, reverse=True)
+    count = round(config.density * len(matrices))
+    return others + sum(
+        frugal.state_bytes(slot.shape, config, dtype, active=place < count)
+        for place, slot in enumerate(matrices)
+    )
 
 
 def _blockwise(elements: list[int], *, states: int) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..recipes import LoraAdapter, Recipe
-from ..recipes.choices import AdamW8bit
 from ..recipes.errors import BudgetError
+from ..recipes.optimizers import AdamW8bit
 from .fit import Candidate
 from .grounds import Grounds
 from .refusal import Change, does_not_fit, shortage_of

@@ -12,6 +12,7 @@ from ..schedules.limits import Limits
 from . import defaults
 from .facts import DataFacts
 from .seconds import Fixed, StepTime, Timeline, occasions, overhead
+from .sizes import accumulates
 
 StepOf = Callable[[int], StepTime]
 
@@ -64,6 +65,8 @@ def choose_batch(
         accumulation = train.gradient_accumulation_steps or 1
         rows = min(micro_rows * accumulation * world_size, data.rows)
         return max(1, round(rows * data.mean_length)), f"{rows} rows, as given by the recipe"
+    if not accumulates(recipe) and train.gradient_accumulation_steps is None:
+        return micro_tokens * world_size, "one micro-batch, whose gradients are gone when it ends"
     if train.gradient_accumulation_steps is not None and tokens == inf and steps_limit is None:
         return micro_tokens * train.gradient_accumulation_steps * world_size, "accumulation as given"
 

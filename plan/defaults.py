@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from math import sqrt
 
+from ..optimizers import rate_over_adamw
+
 # --- memory
 
 # On a CPU the process is larger than its live tensors: glibc keeps freed blocks below 32 MB and cannot
@@ -35,6 +37,9 @@ MIN_STEPS = 100
 MAX_STEP_SHARE = 0.02
 # Applying the optimizer to all weights may cost at most about this share of a step.
 MAX_OPTIMIZER_SHARE = 0.25
+# An update's time over what its memory traffic and matrix products take at the machine's best rates
+# (benchmarks/optimizers.py prints it for each optimizer).
+UPDATE_OVER_FLOOR = 2.0
 # batch = 3 · sqrt(tokens in the budget).
 BATCH_PER_ROOT_TOKEN = 3.0
 
@@ -86,13 +91,10 @@ def learning_rate_for(
     because its product BA starts at zero. Whole model: 1e-4 at 135M, falling faster, kept within 2e-5 ..
     1e-4. Batch: a weak growth, the fourth root, between 1 at 2,048 tokens and 2; AdamW wants sqrt at most
     (arXiv:2205.10287), and a fine-tune is far from the noise limit. Few steps: up to half as much again,
-    there is less time to travel. Lion's update has no second moment and a norm several times larger: a
-    fifth.
+    there is less time to travel. All that is AdamW's; other optimizers take a multiple (`rate_over_adamw`).
     """
     size = 135e6 / max(parameters, 1)
     rate = 1e-3 * min(size, 4.0) ** 0.25 if adapter else min(max(1e-4 * size**0.4, 2e-5), 1e-4)
     rate *= min(max(batch_tokens / 2048, 1.0) ** 0.25, 2.0)
     rate *= min(max((300 / max(steps, 1)) ** 0.25, 1.0), 1.5)
-    if optimizer.startswith("lion"):
-        rate /= 5
-    return float(f"{rate:.1e}")
+    return float(f"{rate * rate_over_adamw(optimizer):.1e}")

@@ -116,7 +116,7 @@ class Grounds:
 
     def pick(self) -> Candidate | None:
         """The best micro-batch that fits; with activation checkpointing only if needed or asked for."""
-        wanted = self.recipe.train.activation_checkpointing
+        wanted = self._wanted_checkpointing()
         for checkpointing in (False, True) if wanted is None else (wanted,):
             chosen = choose(self.find(checkpointing), self.around.limits)
             if chosen is not None:
@@ -125,9 +125,14 @@ class Grounds:
 
     def smallest(self) -> Candidate:
         """The candidate that needs least, whether it fits or not."""
-        wanted = self.recipe.train.activation_checkpointing
+        wanted = self._wanted_checkpointing()
         found = self.find(True if wanted is None else wanted)
         return min(found, key=lambda c: c.footprint.device_total or c.footprint.host_total)
+
+    def _wanted_checkpointing(self) -> bool | None:
+        """The recipe's word, None where the plan may choose. Sampled rows leave nothing to compute again."""
+        train = self.recipe.train
+        return train.activation_checkpointing if train.wta_crs_ratio is None else False
 
     def _worst_of_rows(self) -> int:
         rows = self.micro_rows or 1

@@ -182,7 +182,7 @@ def _write(
             batch_tokens=step.tokens,
             steps=spending.timeline.steps,
         )
-    checkpoint = 2 * sizes.gradients + sizes.optimizer
+    checkpoint = 2 * sizes.trained + sizes.optimizer
     final = sizes.merged + sizes.adapter
     kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
     _check_disk(recipe, machine, checkpoint=checkpoint, kept=kept, final=final)

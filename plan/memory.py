@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..optimizers import Cost
 from .defaults import (
     CUDA_CONTEXT_BYTES,
     HOST_SLACK_BYTES,
@@ -24,7 +25,8 @@ class Sizes:
     """Bytes that do not depend on the batch.
 
     weights: the base as it is held. unquantised: the base in its unquantised type (equal without 4 bits).
-    adapter, gradients, optimizer: what training adds. largest: the largest tensor of the base.
+    adapter, gradients, optimizer: what training adds. trained: the trained weights, the adapter's too.
+    largest: the largest tensor of the base. update: what a step of the optimizer moves and multiplies.
     libraries: resident memory of this process before anything of the model is loaded.
     merged: the model that the export writes and loads again to compare (0 where it exports an adapter).
     """
@@ -32,8 +34,10 @@ class Sizes:
     weights: int
     unquantised: int
     adapter: int
+    trained: int
     gradients: int
     optimizer: int
+    update: Cost
     largest: int
     libraries: int
     merged: int

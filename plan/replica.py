@@ -14,7 +14,7 @@ from ..adapters import attach
 from ..models.attention import use_packed_attention
 from ..models.facts import ModelFacts, build_skeleton
 from ..models.quiet import quiet_libraries
-from ..ops import use_fused
+from ..ops import use_fused, use_wta_crs
 from ..recipes import Recipe
 
 # The embedding is a table look-up and the head is measured apart, so the copy needs few words.
@@ -47,6 +47,8 @@ def build_replica(
         trained: nn.Module = attach(model, adapter, _facts_of(facts, config, model, layers), seed=0)
     if recipe.train.fused_ops:
         use_fused(trained)
+    if recipe.train.wta_crs_ratio is not None:
+        use_wta_crs(trained, recipe.train.wta_crs_ratio)
     if checkpointing:
         base: Any = trained.get_base_model() if hasattr(trained, "get_base_model") else trained  # type: ignore[operator]
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

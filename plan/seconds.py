@@ -27,9 +27,10 @@ class StepTime:
 
 
 def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Clip and step read and write gradient, weight and state about twice: bound by memory bandwidth."""
-    trained = sizes.gradients
-    return (2 * trained + 2 * trained + 2 * sizes.optimizer) / (2 * rates.copy) + 1e-3
+    """Clip and step: the gradient is read and scaled once more, and an update takes about twice its floor."""
+    clip = 2 * sizes.gradients / (2 * rates.copy)
+    floor = sizes.update.seconds(bytes_per_second=2 * rates.copy, flops_per_second=rates.matmul_bf16)
+    return clip + defaults.UPDATE_OVER_FLOOR * floor + 1e-3
 
 
 def step_time(
@@ -83,7 +84,7 @@ def fixed_seconds(
     max_new_tokens: int,
 ) -> Fixed:
     """First guesses; the Clock replaces each by what it measures."""
-    saved = 2 * sizes.gradients + sizes.optimizer
+    saved = 2 * sizes.trained + sizes.optimizer
     token = layers * defaults.DECODE_SECONDS_PER_LAYER + sizes.weights / (2 * rates.copy)
     written = sizes.merged or sizes.adapter
     return Fixed(

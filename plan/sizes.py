@@ -8,8 +8,9 @@ import psutil
 import torch
 
 from ..models.facts import ModelFacts
-from ..optimizers import state_bytes
-from ..recipes import Recipe
+from ..optimizers import gradient_elements, state_bytes, update_cost
+from ..optimizers.q_apollo import int8_bytes
+from ..recipes import QApollo, Recipe
 from .memory import Sizes
 from .precision import Precision
 from .trained import Trained
@@ -24,21 +25,36 @@ def count_sizes(
     """Sizes in bytes. `libraries`: see `resident_bytes`."""
     itemsize = precision.dtype.itemsize
     unquantised = facts.parameters * itemsize
-    own_bytes = itemsize * sum(prod(shape) for shape in trained.own)
+    own_bytes = itemsize * sum(slot.elements for slot in trained.own)
     added_bytes = 4 * trained.added_parameters  # adapters are float32
     state_dtype = torch.float32 if trained.added else precision.dtype
     merged = 0 if recipe.export.final in ("adapter", "none") else unquantised
     # PEFT trains a copy of `modules_to_save` beside the frozen original; `own` names only those without one.
     return Sizes(
-        weights=_four_bit_bytes(recipe, facts, itemsize) if recipe.model.load_in_4bit else unquantised,
+        weights=_held_bytes(recipe, facts, trained, itemsize),
         unquantised=unquantised,
         adapter=added_bytes,
-        gradients=own_bytes + added_bytes,
-        optimizer=state_bytes(recipe.optimizer, trained.shapes, state_dtype),
+        trained=own_bytes + added_bytes,
+        gradients=gradient_bytes(recipe, trained, itemsize),
+        optimizer=state_bytes(recipe.optimizer, trained.slots, state_dtype),
+        update=update_cost(recipe.optimizer, trained.slots, state_dtype),
         largest=max(prod(shape) for _, shape in facts.parameter_shapes) * itemsize,
         libraries=libraries,
         merged=merged,
     )
+
+
+def gradient_bytes(recipe: Recipe, trained: Trained, itemsize: int) -> int:
+    """Bytes of the gradients that are alive together."""
+    own = gradient_elements(recipe.optimizer, trained.own, accumulates=accumulates(recipe))
+    added = gradient_elements(recipe.optimizer, trained.added, accumulates=accumulates(recipe))
+    return itemsize * own + 4 * added
+
+
+def accumulates(recipe: Recipe) -> bool:
+    """Whether a step may have several micro-batches; with step_in_backward only where the recipe says so."""
+    steps = recipe.train.gradient_accumulation_steps
+    return steps != 1 and (steps is not None or not getattr(recipe.optimizer, "step_in_backward", False))
 
 
 def resident_bytes() -> int:
@@ -47,6 +63,18 @@ def resident_bytes() -> int:
     import transformers  # noqa: F401
 
     return int(psutil.Process().memory_info().rss)
+
+
+def _held_bytes(recipe: Recipe, facts: ModelFacts, trained: Trained, itemsize: int) -> int:
+    """Bytes of the weights as they are held while training."""
+    if recipe.model.load_in_4bit:
+        return _four_bit_bytes(recipe, facts, itemsize)
+    whole = facts.parameters * itemsize
+    if not isinstance(recipe.optimizer, QApollo):
+        return whole
+    coded = [slot for slot in trained.own if slot.role == "matrix" and len(slot.shape) == 2]
+    saved = sum(itemsize * s.elements - int8_bytes(s.shape, recipe.optimizer.group_size) for s in coded)
+    return whole - saved
 
 
 def _four_bit_bytes(recipe: Recipe, facts: ModelFacts, itemsize: int) -> int:

@@ -1,45 +1,47 @@
-"""Which tensors are trained: shapes only, from the model on the meta device."""
+"""Which tensors are trained: names, shapes and roles only, from the model on the meta device."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from math import prod
+
+import torch
 
 from ..models.facts import ModelFacts
-from ..recipes import Recipe
-
-Shape = tuple[int, ...]
+from ..optimizers import state_bytes
+from ..optimizers.badam import trained_names
+from ..optimizers.roles import Slot, slots
+from ..recipes import BAdam, Recipe
+from ..recipes.errors import UserError
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Shapes of the trained tensors: of the model's own, and of those that the adapter adds."""
+    """The trained tensors: the model's own, and those that the adapter adds."""
 
-    own: tuple[Shape, ...]
-    added: tuple[Shape, ...]
+    own: tuple[Slot, ...]
+    added: tuple[Slot, ...]
 
     @property
-    def shapes(self) -> tuple[Shape, ...]:
+    def slots(self) -> tuple[Slot, ...]:
         """All of them."""
         return self.own + self.added
 
     @property
     def parameters(self) -> int:
         """Trained parameters."""
-        return sum(prod(shape) for shape in self.shapes)
+        return sum(slot.elements for slot in self.slots)
 
     @property
     def added_parameters(self) -> int:
         """Parameters that the base model does not have."""
-        return sum(prod(shape) for shape in self.added)
+        return sum(slot.elements for slot in self.added)
 
 
 def find_trained(recipe: Recipe, facts: ModelFacts) -> Trained:
     """What `recipe` trains. UserError: the adapter's targets do not match the model (from `adapters`)."""
     if recipe.adapter is None:
-        return Trained(tuple(shape for _, shape in facts.parameter_shapes), ())
-    import torch
+        return Trained(tuple(_ever_trained(recipe, slots(facts.skeleton()))), ())
     from peft import get_peft_model
 
     from ..adapters import lora_config
@@ -51,10 +53,21 @@ def find_trained(recipe: Recipe, facts: ModelFacts) -> Trained:
         warnings.simplefilter("ignore")  # PEFT misses a name on the hub; nothing is saved
         model = get_peft_model(facts.skeleton(), lora_config(adapter, facts))
     base = {name for name, _ in facts.parameter_shapes}
-    own: list[Shape] = []
-    added: list[Shape] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            (own if plain in base else added).append(tuple(parameter.shape))
+    own: list[Slot] = []
+    added: list[Slot] = []
+    for slot in _ever_trained(recipe, slots(model)):
+        plain = slot.name.removeprefix("base_model.model.").replace(".base_layer", "")
+        (own if plain in base else added).append(slot)
     return Trained(tuple(own), tuple(added))
+
+
+def _ever_trained(recipe: Recipe, found: list[Slot]) -> list[Slot]:
+    """BAdam leaves some tensors alone for good. UserError: the model has too few layers for it."""
+    if not isinstance(recipe.optimizer, BAdam):
+        return found
+    try:
+        state_bytes(recipe.optimizer, found, torch.float32)
+    except ValueError as error:
+        raise UserError(f"optimizer.name  badam: {error}") from None
+    names = set(trained_names((slot.name for slot in found), recipe.optimizer))
+    return [slot for slot in found if slot.name in names]

@@ -18,7 +18,15 @@ class Problem:
 
 def problems(recipe: "Recipe") -> list[Problem]:
     """All disagreements between keys of a recipe whose values are valid one by one."""
-    return [*_budget(recipe), *_batch(recipe), *_adapter(recipe), *_data(recipe), *_export(recipe)]
+    return [
+        *_budget(recipe),
+        *_batch(recipe),
+        *_sampling(recipe),
+        *_optimizer(recipe),
+        *_adapter(recipe),
+        *_data(recipe),
+        *_export(recipe),
+    ]
 
 
 def _budget(recipe: "Recipe") -> list[Problem]:
@@ -77,6 +85,79 @@ def _batch(recipe: "Recipe") -> list[Problem]:
                 "schedule.warmup_steps",
                 f"schedule.warmup_steps is {recipe.schedule.warmup_steps}; allowed: a share of the budget "
                 "below 1, or a whole number of steps",
+            )
+        )
+    return found
+
+
+def _sampling(recipe: "Recipe") -> list[Problem]:
+    train, adapter = recipe.train, recipe.adapter
+    if train.wta_crs_ratio is None:
+        return []
+    found = []
+    if adapter is not None:
+        found.append(
+            Problem(
+                "train.wta_crs_ratio",
+                f"train.wta_crs_ratio={train.wta_crs_ratio} samples the weight gradients of whole linear "
+                f"layers, and adapter={adapter.name} has none.   Set adapter=null, or "
+                "train.wta_crs_ratio=null",
+                ("adapter",),
+            )
+        )
+    if train.activation_checkpointing:
+        found.append(
+            Problem(
+                "train.wta_crs_ratio",
+                f"train.wta_crs_ratio={train.wta_crs_ratio} and train.activation_checkpointing=true exclude "
+                "each other: what is computed again need not be sampled.   Keep one; the other is "
+                "train.wta_crs_ratio=null or train.activation_checkpointing=auto",
+                ("train.activation_checkpointing",),
+            )
+        )
+    return found
+
+
+def _optimizer(recipe: "Recipe") -> list[Problem]:
+    name, schedule, dtype = recipe.optimizer.name, recipe.schedule.name, recipe.model.dtype
+    found = []
+    if name == "schedule_free_adamw" and schedule != "constant":
+        found.append(
+            Problem(
+                "optimizer.name",
+                f"optimizer.name={name} averages the weights in place of a falling rate, and "
+                f"schedule={schedule} lowers it.   Set schedule=constant, or optimizer.name=adamw",
+                ("schedule.name",),
+            )
+        )
+    if name in ("adam_mini", "schedule_free_adamw") and recipe.adapter is None and dtype == "bfloat16":
+        found.append(
+            Problem(
+                "model.dtype",
+                f"model.dtype={dtype} and adapter=null train {dtype} weights, and optimizer.name={name} "
+                f"would keep a second moment in {dtype}, where it cannot shrink.   Set model.dtype=auto, "
+                "or optimizer.name=adamw",
+                ("optimizer.name",),
+            )
+        )
+    if name == "q_apollo" and recipe.adapter is not None:
+        found.append(
+            Problem(
+                "optimizer.name",
+                f"optimizer.name={name} holds the trained weights in int8, and adapter={recipe.adapter.name} "
+                "trains small matrices that gain nothing by it.   Set adapter=null, or optimizer.name=apollo",
+                ("adapter",),
+            )
+        )
+    clipping, max_grad_norm = getattr(recipe.optimizer, "clipping", None), recipe.optimizer.max_grad_norm
+    if clipping == "exact" and max_grad_norm is None:
+        found.append(
+            Problem(
+                "optimizer.clipping",
+                f"optimizer.clipping={clipping} keeps to optimizer.max_grad_norm, and "
+                "optimizer.max_grad_norm=null clips nothing.   Set optimizer.max_grad_norm=1.0, or leave "
+                "optimizer.clipping out",
+                ("optimizer.max_grad_norm",),
             )
         )
     return found

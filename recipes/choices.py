@@ -1,4 +1,5 @@
-"""The sections that are a choice by `name`: objective, adapter, optimizer, schedule.
+"""The sections that are a choice by `name`: objective, adapter, schedule (optimizers.py has the
+optimizers).
 
 Each union is discriminated on `name`; the package that owns the classes builds them with one `match`.
 """
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .section import Auto, Section
+from .section import Section
 
 
 class ObjectiveConfig(Section):
@@ -98,66 +99,6 @@ class LoraAdapter(Section):
     )
 
 
-class _Optimizer(Section):
-    """What all optimizers share."""
-
-    learning_rate: Auto[float] = Field(
-        default=None,
-        gt=0,
-        description="Peak rate; auto follows from the optimizer, what is trained and the budget.",
-    )
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="Decoupled weight decay; not on biases and norms."
-    )
-    max_grad_norm: float | None = Field(
-        default=1.0, gt=0, description="Clip the norm of the gradient; null does not clip."
-    )
-
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-_Betas = Annotated[tuple[_Beta, _Beta], Field(strict=False)]
-_BETAS = "Decay of the running means of the gradient and of its square."
-_EPS = "Added to the root of the second moment."
-
-
-class AdamW(_Optimizer):
-    """AdamW of PyTorch (arXiv:1711.05101), fused."""
-
-    name: Literal["adamw"] = Field(default="adamw", description="AdamW of PyTorch, fused.")
-    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
-    eps: float = Field(default=1e-8, gt=0, description=_EPS)
-
-
-class AdamW8bit(_Optimizer):
-    """AdamW with 8-bit states through bitsandbytes (arXiv:2110.02861)."""
-
-    name: Literal["adamw_8bit"] = Field(
-        default="adamw_8bit", description="AdamW with 8-bit states, through bitsandbytes."
-    )
-    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
-    eps: float = Field(default=1e-8, gt=0, description=_EPS)
-
-
-class PagedAdamW8bit(_Optimizer):
-    """AdamW with 8-bit states in memory that moves to the host under pressure, through bitsandbytes."""
-
-    name: Literal["paged_adamw_8bit"] = Field(
-        default="paged_adamw_8bit",
-        description="As adamw_8bit, with states that move to host memory under pressure.",
-    )
-    betas: _Betas = Field(default=(0.9, 0.999), description=_BETAS)
-    eps: float = Field(default=1e-8, gt=0, description=_EPS)
-
-
-class Lion8bit(_Optimizer):
-    """Lion (arXiv:2302.06675) with an 8-bit state through bitsandbytes."""
-
-    name: Literal["lion_8bit"] = Field(
-        default="lion_8bit", description="Lion with an 8-bit state, through bitsandbytes."
-    )
-    betas: _Betas = Field(default=(0.9, 0.99), description="Decay of the step's mix and of the momentum.")
-
-
 class _Schedule(Section):
     """What all schedules share."""
 
@@ -219,7 +160,6 @@ class RexSchedule(_Decay):
 
 
 AdapterConfig = LoraAdapter
-OptimizerConfig = Annotated[AdamW | AdamW8bit | PagedAdamW8bit | Lion8bit, Field(discriminator="name")]
 ScheduleConfig = Annotated[
     ConstantSchedule | LinearSchedule | CosineSchedule | PolynomialSchedule | RexSchedule,
     Field(discriminator="name"),

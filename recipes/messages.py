@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 from .allowed import describe, words
 from .checks import Problem
 from .draft import Draft, dotted
-from .hints import FOREIGN
+from .hints import FOREIGN, OPTIMIZERS
 from .keys import dotted_keys, properties_at, sections, variants
 from .quantities import Joules, Money
 from .schema import plain_schema
@@ -17,6 +17,7 @@ from .short_forms import SHORT_FORMS
 from .yaml_text import KeyPath, flow
 
 MAX_PROBLEMS = 20
+MAX_OWNERS = 4
 _FIXES = {
     "model": "Add a line such as   model: HuggingFaceTB/SmolLM2-135M-Instruct",
     "data": "Add a line such as   data: chats.jsonl",
@@ -105,7 +106,10 @@ def _sentence(details: ErrorDetails, path: KeyPath, values: dict[str, Any]) -> s
         return f"{key} is empty; {default}give {allowed}"
     if path == ("adapter", "name"):
         allowed += ", or adapter: null to train every weight"
-    guess = get_close_matches(given, words(schema), n=1, cutoff=0.6) if isinstance(given, str) else []
+    if path == ("optimizer", "name") and isinstance(given, str) and given.lower() in OPTIMIZERS:
+        return f"{key} is {_show(given)}; allowed: {allowed}.   It is called {OPTIMIZERS[given.lower()]} here"
+    guess = get_close_matches(given, words(schema), n=3, cutoff=0.6) if isinstance(given, str) else []
+    guess.sort(key=lambda word: word[0] != given[0])  # a slip of the finger seldom takes the first letter
     return f"{key} is {_show(given)}; allowed: {allowed}" + (
         f".   Did you mean {guess[0]} ?" if guess else ""
     )
@@ -156,6 +160,8 @@ def _unknown(path: KeyPath, values: dict[str, Any]) -> str:
     name = _name(section, values)
     if name is not None and (owners := _owners(str(section[0]), leaf)):
         verb = "has" if len(owners) == 1 else "have"
+        if len(owners) > MAX_OWNERS:
+            owners = [*owners[: MAX_OWNERS - 1], f"{len(owners) - MAX_OWNERS + 1} others"]
         return f"{key} is not a key of {name}; {_either(owners, 'and')} {verb} it."
     if not section and leaf in dotted_keys():
         outer, _, inner = leaf.partition(".")
@@ -163,8 +169,10 @@ def _unknown(path: KeyPath, values: dict[str, Any]) -> str:
     mine = list(properties_at(section, name))
     if near := get_close_matches(leaf, mine, n=1, cutoff=0.8):
         return f"{key} is not a key.   Did you mean {dotted((*section, near[0]))} ?"
-    if leaf.lower() in FOREIGN:
-        return f"{key} is not a key.   It is called {FOREIGN[leaf.lower()]} here"
+    if hint := FOREIGN.get(key.lower()) or FOREIGN.get(leaf.lower()):
+        if hint.startswith("nothing: "):
+            return f"{key} is not a key.   Leave it out: {hint.removeprefix('nothing: ')}"
+        return f"{key} is not a key.   It is called {hint} here"
     elsewhere = [known for known in dotted_keys() if known.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"{key} is not a key.   Did you mean {_either(elsewhere)} ?"

@@ -93,7 +93,9 @@ def _row(section: str, key: str, menu: dict[str, dict[str, Any]]) -> str:
     if key == "name" and len(menu) > 1:
         allowed, text = ", ".join(menu), "Which of these."
     if len(owners) < len(menu):
-        text += f" Only with {', '.join(f'`{name}`' for name in owners)}."
+        without = [name for name in menu if name not in owners]
+        few, of = ("Only", list(owners)) if len(owners) <= len(without) else ("Not", without)
+        text += f" {few} with {', '.join(f'`{name}`' for name in of)}."
     defaults: dict[str, list[str]] = {}
     for name, one in owners.items():
         defaults.setdefault(_default(key, one, DEFAULT_NAMES.get(section)), []).append(name)

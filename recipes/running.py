@@ -63,6 +63,13 @@ class TrainConfig(Section):
     activation_checkpointing: Auto[bool] = Field(
         default=None, description="Compute activations again in the backward pass instead of keeping them."
     )
+    wta_crs_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of its input's rows that a trained linear layer keeps for its weight's gradient, "
+        "sampled without bias (arXiv:2305.15265); null keeps all.",
+    )
     fused_ops: bool = Field(
         default=True, description="Use the faster, equivalent operations of shoestring where they fit."
     )

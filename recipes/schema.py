@@ -13,8 +13,9 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import WithDefaultSchema
 
 from .checks import problems
-from .choices import AdamW, LoraAdapter, ObjectiveConfig, OptimizerConfig, RexSchedule, ScheduleConfig
+from .choices import LoraAdapter, ObjectiveConfig, RexSchedule, ScheduleConfig
 from .model_data import DataConfig, ModelConfig
+from .optimizers import AdamW, OptimizerConfig
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
 from .section import Section
 from .short_forms import SHORT_FORMS, expand_recipe

@@ -5,6 +5,7 @@ import torch
 from plan_cases import recipe, tiny_facts
 from shoestring.adapters import trainable_parameters
 from shoestring.models.weights import load_model
+from shoestring.optimizers import Cost
 from shoestring.plan.curves import Line, Polyline, line_through, plane_through
 from shoestring.plan.memory import Sizes, footprint
 from shoestring.plan.precision import choose_precision
@@ -36,8 +37,10 @@ SIZES = Sizes(
     weights=1000 * MEGA,
     unquantised=1000 * MEGA,
     adapter=MEGA,
+    trained=2 * MEGA,
     gradients=2 * MEGA,
     optimizer=4 * MEGA,
+    update=Cost(0.0),
     largest=300 * MEGA,
     libraries=500 * MEGA,
     merged=1000 * MEGA,

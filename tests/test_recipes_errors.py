@@ -7,6 +7,12 @@ from shoestring.recipes import UserError, load_recipe
 
 BASE = "model: m\ndata: a.jsonl\nbudget: 1h\n"
 
+OPTIMIZERS = (
+    "adamw, adamw_8bit, paged_adamw_8bit, lion_8bit, apollo, apollo_mini, q_apollo, galore, "
+    "natural_galore, frugal, cosmos, muon, soap, badam, lomo, adalomo, adafactor, lion, adam_mini, came or "
+    "schedule_free_adamw"
+)
+
 # What is appended to BASE (so its first line is line 4), and the whole message.
 AFTER = {
     "typo_in_a_key": (
@@ -29,7 +35,7 @@ AFTER = {
     "key_of_nowhere": (
         "optimizer: {zzz: 3}\n",
         "recipe.yaml:4  optimizer.zzz is not a key; allowed: learning_rate, weight_decay, "
-        "max_grad_norm, name, betas, eps",
+        "max_grad_norm, state_bits, weights, step_in_backward, clipping, name, betas, eps",
     ),
     "section_of_nowhere": (
         "pruning: null\n",
@@ -53,8 +59,38 @@ AFTER = {
     ),
     "unknown_choice": (
         "optimizer: adamv\n",
-        "recipe.yaml:4  optimizer.name is 'adamv'; allowed: adamw, adamw_8bit, paged_adamw_8bit or "
-        "lion_8bit.   Did you mean adamw ?",
+        f"recipe.yaml:4  optimizer.name is 'adamv'; allowed: {OPTIMIZERS}.   Did you mean adamw ?",
+    ),
+    "optimizer_of_transformers": (
+        "optimizer: galore_adamw_layerwise\n",
+        f"recipe.yaml:4  optimizer.name is 'galore_adamw_layerwise'; allowed: {OPTIMIZERS}.   "
+        "It is called galore with optimizer.step_in_backward=true here",
+    ),
+    "optimizer_that_is_nearly_another": (
+        "optimizer: Adam\n",
+        f"recipe.yaml:4  optimizer.name is 'Adam'; allowed: {OPTIMIZERS}.   It is called adamw here",
+    ),
+    "keys_of_other_light_optimizers": (
+        "optimizer: {name: galore, proj_type: std, galore_target: all, galore_layerwise: true}\n"
+        "adapter: {rank: 8}\n",
+        "recipe.yaml:4  optimizer.proj_type is not a key.   It is called optimizer.projection "
+        "(the side follows from the shape) here\n"
+        "recipe.yaml:4  optimizer.galore_target is not a key.   Leave it out: linear layers get the "
+        "method, embeddings, head and norms AdamW\n"
+        "recipe.yaml:4  optimizer.galore_layerwise is not a key.   It is called "
+        "optimizer.step_in_backward here\n"
+        "recipe.yaml:5  adapter.rank is not a key.   It is called adapter.r here",
+    ),
+    "schedule_free_with_a_schedule": (
+        "optimizer: schedule_free_adamw\nschedule: cosine\n",
+        "recipe.yaml:4  optimizer.name=schedule_free_adamw averages the weights in place of a falling rate, "
+        "and schedule=cosine lowers it.   Set schedule=constant, or optimizer.name=adamw   "
+        "(schedule.name: recipe.yaml:5)",
+    ),
+    "schedule_free_with_the_default_schedule": (
+        "optimizer: schedule_free_adamw\n",
+        "recipe.yaml:4  optimizer.name=schedule_free_adamw averages the weights in place of a falling rate, "
+        "and schedule=rex lowers it.   Set schedule=constant, or optimizer.name=adamw",
     ),
     "unknown_adapter": (
         "adapter: full\n",
@@ -70,19 +106,25 @@ AFTER = {
     ),
     "key_of_other_choices": (
         "optimizer: {name: lion_8bit, eps: 1e-8}\n",
-        "recipe.yaml:4  optimizer.eps is not a key of lion_8bit; adamw, adamw_8bit and "
-        "paged_adamw_8bit have it.",
+        "recipe.yaml:4  optimizer.eps is not a key of lion_8bit; adamw, adamw_8bit, paged_adamw_8bit "
+        "and 12 others have it.",
+    ),
+    "key_of_few_other_choices": (
+        "optimizer: {name: adamw, density: 0.5, scale_front: true}\n",
+        "recipe.yaml:4  optimizer.density is not a key of adamw; frugal has it.\n"
+        "recipe.yaml:4  optimizer.scale_front is not a key of adamw; apollo, apollo_mini and q_apollo "
+        "have it.",
     ),
     "section_is_a_number": (
         "train: 5\n",
         "recipe.yaml:4  train is 5; allowed: a mapping with batch_tokens, per_device_train_batch_size, "
-        "gradient_accumulation_steps, activation_checkpointing, fused_ops, seed",
+        "gradient_accumulation_steps, activation_checkpointing, wta_crs_ratio, fused_ops, ...",
     ),
     "section_is_empty": (
         "train:\n  # seed: 3\n",
         "recipe.yaml:4  train is empty; leave the line out for the defaults, or give a mapping with "
         "batch_tokens, per_device_train_batch_size, gradient_accumulation_steps, "
-        "activation_checkpointing, fused_ops, seed",
+        "activation_checkpointing, wta_crs_ratio, fused_ops, ...",
     ),
     "adapter_is_a_list": (
         "adapter: [1]\n",
@@ -217,6 +259,18 @@ AFTER = {
 }
 
 WHOLE = {
+    "a_second_moment_that_cannot_shrink": (
+        "model: {model_name_or_path: m, dtype: bfloat16}\ndata: a\nbudget: 1h\n"
+        "optimizer: adam_mini\nadapter: null\n",
+        "recipe.yaml:1  model.dtype=bfloat16 and adapter=null train bfloat16 weights, and "
+        "optimizer.name=adam_mini would keep a second moment in bfloat16, where it cannot shrink.   Set "
+        "model.dtype=auto, or optimizer.name=adamw   (optimizer.name: recipe.yaml:4)",
+    ),
+    "rank_of_lora": (
+        "model: m\ndata: a\nbudget: 1h\nrank: 8\n",
+        "recipe.yaml:4  rank is not a key.   It is called adapter.r (optimizer.rank is for galore, apollo "
+        "and their kin) here",
+    ),
     "empty": (
         "",
         "recipe.yaml  is empty; a recipe has model, data and budget.   See shoestring new",

@@ -8,8 +8,8 @@ import pydantic
 import pytest
 import shoestring.recipes as recipes
 from shoestring.recipes import Every, LoraAdapter, Recipe, json_schema
-from shoestring.recipes.hints import FOREIGN
-from shoestring.recipes.keys import dotted_keys
+from shoestring.recipes.hints import FOREIGN, OPTIMIZERS
+from shoestring.recipes.keys import dotted_keys, variants
 from shoestring.recipes.reference import reference
 from shoestring.recipes.section import Section
 
@@ -108,7 +108,15 @@ def test_hints_point_to_keys_that_exist() -> None:
     for foreign, ours in FOREIGN.items():
         target = ours.split("=")[0].split(" ")[0]
         assert target in keys or ours.startswith("nothing:"), (foreign, ours)
-        assert foreign not in {key.rpartition(".")[2] for key in keys}, foreign
+        leaves = {key.rpartition(".")[2] for key in keys}
+        assert foreign not in leaves or foreign == "rank", foreign  # of LoRA elsewhere, of GaLore here too
+    for foreign, ours in OPTIMIZERS.items():
+        name, *settings = ours.replace(",", "").split(" ")
+        assert name in variants("optimizer"), (foreign, ours)
+        assert foreign not in variants("optimizer"), foreign
+        for setting in settings:
+            key = setting.partition("=")[0]
+            assert "=" not in setting or key in keys, (foreign, ours)
 
 
 def test_the_reference_page_is_up_to_date() -> None:

@@ -13,10 +13,12 @@ from ..adapters import attach
 from ..checkpoint import Checkpoint
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
-from ..ops import use_fused
-from ..optimizers import build_optimizer
+from ..ops import use_fused, use_int8_weights, use_wta_crs
+from ..optimizers import build_optimizer, share_line, slots, takes_matrices
+from ..optimizers.in_backward import BackwardStepper
 from ..plan import Plan, data_facts, make_plan, probe
-from ..recipes import Recipe
+from ..recipes import QApollo, Recipe
+from ..recipes.errors import UserError
 from ..schedules import Clock, Limits
 from .engine import NativeEngine
 from .objectives import LossModule, base_model, build_objective
@@ -84,7 +86,14 @@ def build_engine(
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
 ) -> tuple[NativeEngine, list[str]]:
-    """The model with its adapter, its loss and its optimizer; and a line for each kind of fused module."""
+    """The model with its adapter, its loss and its optimizer; and a line for each thing done to it."""
+    in_backward = bool(getattr(recipe.optimizer, "step_in_backward", False))
+    if in_backward and accelerator.num_processes > 1:
+        raise UserError(
+            "optimizer.step_in_backward=true needs one process, and this run has "
+            f"{accelerator.num_processes}, whose gradients are averaged only after the backward pass\n"
+            "  Set optimizer.step_in_backward=false, or start one process"
+        )
     set_seed(recipe.train.seed)
     device = accelerator.device
     model = load_model(facts, recipe.model, device=device, dtype=getattr(torch, plan.dtype))
@@ -103,16 +112,29 @@ def build_engine(
         checkpointing="non_reentrant" if plan.activation_checkpointing else "none",
     )
     fused = use_fused(trained) if recipe.train.fused_ops else []
+    if recipe.train.wta_crs_ratio is not None:
+        fused += use_wta_crs(trained, recipe.train.wta_crs_ratio)
     trained.to(device)
     if plan.activation_checkpointing:
         base_model(trained).gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     objective = build_objective(recipe.objective, trained)
+    if isinstance(recipe.optimizer, QApollo):
+        fused += use_int8_weights(trained, recipe.optimizer.group_size)
     optimizer = build_optimizer(
-        trained, recipe.optimizer, loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None
+        trained,
+        recipe.optimizer,
+        loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None,
+        seed=recipe.train.seed,
     )
-    return NativeEngine(accelerator, LossModule(trained, objective), optimizer, plan.autocast), fused
+    if takes_matrices(recipe.optimizer):
+        fused.append(f"{recipe.optimizer.name}: {share_line(slots(trained))}")
+    engine = NativeEngine(accelerator, LossModule(trained, objective), optimizer, plan.autocast)
+    if in_backward:
+        own = recipe.optimizer
+        engine.stepper = BackwardStepper(optimizer, own.max_grad_norm, getattr(own, "clipping", "previous"))
+    return engine, fused
 
 
 def _eva_batches(

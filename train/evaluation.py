@@ -51,8 +51,9 @@ def evaluate(
     began = time.monotonic()
     metrics = engine.loss_module.objective.metrics
     limits = {"micro_tokens": micro_tokens, "micro_rows": micro_rows, "packed": packed}
-    first = _sums(engine, accelerator, rows.part(0, min(compared, len(rows))), limits)
-    rest = _sums(engine, accelerator, rows.part(min(compared, len(rows)), len(rows)), limits)
+    with engine.averaged():
+        first = _sums(engine, accelerator, rows.part(0, min(compared, len(rows))), limits)
+        rest = _sums(engine, accelerator, rows.part(min(compared, len(rows)), len(rows)), limits)
     loss_sum, count = first[0] + rest[0], first[1] + rest[1]
     return EvalResult(
         metrics=metrics(loss_sum, count),

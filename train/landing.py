@@ -131,7 +131,7 @@ def _samples(run: Run) -> list[str]:
     # The last answers may take what the landing does not need; the first ones are never hurried.
     spare = None if run.state.step == 0 or remaining is None else max(1.0, remaining - run.clock.reserve)
     known = run.clock.durations.expected("samples")
-    with _timed(run, "samples"), run.engine.precision():
+    with _timed(run, "samples"), run.engine.averaged(), run.engine.precision():
         return answer(
             run.engine.loss_module.model,
             run.tokenizer,
@@ -159,6 +159,7 @@ def _export(run: Run) -> Exported | None:
     wanted = run.recipe.export.final or "merged"
     exported = None
     if run.is_main and wanted != "none":
+        run.engine.end_training()
         give_back_freed_memory()  # the last step's activations, before a second model is loaded
         with _timed(run, "export") as event:
             exported = export_final(

@@ -257,7 +257,9 @@ def save_checkpoint(run: Run) -> Path | None:
                     step=state.step,
                     tensors=tensors,
                     json={"trainer": trainer, "random": randoms, **settings},
-                    copy=run.run_dir.model_writer(run.engine.loss_module.model, run.tokenizer),
+                    copy=run.run_dir.model_writer(
+                        run.engine.loss_module.model, run.tokenizer, run.engine.writable
+                    ),
                     copy_bytes=sum(p.nbytes for p in run.engine.parameters.values()),
                 )
             except BaseException:
@@ -272,15 +274,23 @@ def save_checkpoint(run: Run) -> Path | None:
 
 
 def _diverged(run: Run, step: Step, batches: list[Any], loss: float, grad_norm: float) -> None:
-    """The optimizer has not stepped: save what is still good, say where it broke, stop."""
+    """Save what is still good (all of it, unless the backward pass has stepped), say where it broke, stop."""
     where = find_culprit(run.engine, batches)
     run.engine.optimizer.zero_grad(set_to_none=True)
-    saved = save_checkpoint(run)
+    if run.engine.half_stepped() is None:
+        kept = f"The state before that step is kept: {save_checkpoint(run) or 'the last checkpoint'}"
+    else:
+        last = run.state.last_saved
+        kept = (
+            "optimizer.step_in_backward had stepped other weights by then, so the state before that step is "
+            + (f"only kept as of step {last}" if last >= 0 else "lost, and no checkpoint had been saved")
+            + ".   With optimizer.clipping=exact nothing changes until all gradients are known"
+        )
     if run.is_main:
         run.tracking.event("diverged", step=run.state.step + 1, loss=loss, grad_norm=grad_norm, where=where)
     raise DivergedError(
         f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}\n"
         f"  {where}\n"
-        f"  The state before that step is kept: {saved or 'the last checkpoint'}\n"
+        f"  {kept}\n"
         f"  Try a lower rate: optimizer.learning_rate={run.plan.learning_rate / 3:.1e}"
     )

@@ -46,6 +46,7 @@ def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> N
     engine, _ = build_engine(recipe, plan, facts, data, accelerator, chosen)
     parts = {name: chosen.tensors(name) for name in ("trained", "optimizer")}
     engine.load_state_dict(parts, {"optimizer": chosen.json("optimizer")})
+    engine.end_training()
     exported = export_final(
         engine.loss_module.model,
         tokenizer,

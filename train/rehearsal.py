@@ -26,7 +26,8 @@ def rehearse(run: Run) -> None:
     mine = worst.micro_batches[accelerator.process_index :: accelerator.num_processes]
     module = run.engine.loss_module.train()
     batches = [module.objective.collate(run.data.train, rows, packed=order.packed) for rows in mine]
-    run.engine.forward_backward(batches, worst.trained_tokens, interrupted=lambda: False)
+    with run.engine.rehearsal():
+        run.engine.forward_backward(batches, worst.trained_tokens, interrupted=lambda: False)
     run.engine.optimizer.zero_grad(set_to_none=True)
     set_random_state(boundary)
 

@@ -154,16 +154,25 @@ class RunDir:
             _delete(path)
         self.remove_leftovers()
 
-    def model_writer(self, model: Any, tokenizer: Any) -> Callable[[Path], None]:
-        """The `copy` of `checkpoint.save`: writes the adapter, or the whole model, and the tokenizer."""
+    def model_writer(
+        self,
+        model: Any,
+        tokenizer: Any,
+        writable: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Callable[[Path], None]:
+        """The `copy` of `checkpoint.save`: writes the adapter, or the whole model, and the tokenizer.
+
+        writable: entered while the model is written, `NativeEngine.writable`.
+        """
 
         def write(folder: Path) -> None:
-            if hasattr(model, "peft_config"):
-                from ..adapters import save_adapter
+            with writable():
+                if hasattr(model, "peft_config"):
+                    from ..adapters import save_adapter
 
-                save_adapter(model, folder)
-            else:
-                model.save_pretrained(folder)
+                    save_adapter(model, folder)
+                else:
+                    model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         return write

@@ -22,11 +22,12 @@ from torch import Tensor
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, MatrixOptimizer, check_rank, gather, matrix_bytes, resolve_rank, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .sketch import SketchPool
+from .subspace import tall
 from .weights import Step
 
-_CPU_ELEMENTS = 1 << 18
+_CPU_ELEMENTS = 1 << 20
 # Up to this rank a sketch only reads the gradient; a copy of it in bfloat16 would cost more than it saves.
 _THIN = 8
 
@@ -48,16 +49,7 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
 
 def sketch(grad: Tensor, projection: Tensor) -> Tensor:
     """The smaller side of grad [B, m, n] projected by [B or 1, k, r]: [B, l, r], l the larger side."""
-    if len(projection) < len(grad):
-        projection = projection.expand(len(grad), -1, -1)
-    if len(grad) > 1:
-        grad = grad.to(projection.dtype)
-        return (grad if grad.shape[1] >= grad.shape[2] else grad.mT) @ projection
-    whole, thin = grad[0], projection[0]
-    if whole.shape[0] < whole.shape[1]:
-        return (whole.to(thin.dtype).mT @ thin).unsqueeze(0)
-    parts = [whole[part].to(thin.dtype) @ thin for part in _slices(*whole.shape, grad.device)]
-    return torch.cat(parts).unsqueeze(0)
+    return multiply(tall(grad.to(projection.dtype)), projection.expand(len(grad), -1, -1))
 
 
 def apollo_update(

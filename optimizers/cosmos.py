@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from .cost import Cost, state_traffic, weight_traffic
-from .galore import multiply
 from .matrix import Group, MatrixOptimizer, gather, matrix_bytes, scatter
 from .moments import State, computing_dtype, new_moment
 from .muon import orthogonalise, orthogonalise_flops
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .subspace import random_basis
 from .weights import Step
 

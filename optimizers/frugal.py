@@ -3,7 +3,7 @@
     W ← (1 - η λ) W
     W ← W - η · Adam(active part of G) - η · state_free_scale · sign(rest of G)      (or the rest itself: sgd)
 
-The active part is `density` of G: columns, single entries (`randk`), coordinates in a random or singular
+The active part is `density` of G: a run of columns, single entries (`randk`), coordinates in a random or singular
 subspace of the smaller side, or whole matrices (`blocks`). Every `update_proj_gap` steps there is another one;
 with `reset_statistics` its moments start from zero, the bias correction with them. Which columns, entries or
 matrices follows from the seed, so every rank has the same. Density 1 is AdamW, density 0 is sign descent.
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .adamw import adamw_update
 from .cost import Cost, state_traffic, weight_traffic
-from .galore import basis_bytes, multiply, new_basis
+from .galore import basis_bytes, new_basis
 from .matrix import Group, MatrixOptimizer, gather, matrix_bytes, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, tall
 from .weights import Step
 
@@ -64,6 +64,17 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
     moved = weight_traffic(n, dtype) + state_traffic(2 * config.density * n, config)
     rank = round(config.density * min(shape[-2:])) if config.projection in _SUBSPACES else 0
     return Cost(moved, 6.0 * n * rank)
+
+
+def columns_of(n: int, count: int, seed: int) -> list[slice]:
+    """`count` neighbouring columns of n from a random one on, round the end where need be: one or two slices.
+
+    Neighbours, since columns picked one by one would each cost a cache line for four bytes.
+    """
+    first = int(torch.randint(n, (), generator=torch.Generator().manual_seed(seed)))
+    if first + count <= n:
+        return [slice(first, first + count)]
+    return [slice(0, first + count - n), slice(first, n)]
 
 
 def state_free(rest: Tensor, rule: str) -> Tensor:
@@ -196,13 +207,16 @@ class FRUGAL(MatrixOptimizer):
             return lambda target, rows: _add(target, whole[:, rows], 1.0)
 
         if projection == "columns":
-            columns = self._columns(grad, shape[2], group["seed"], period, index)
-            direction = adam(grad.index_select(2, columns).to(exact), state)
+            spans = columns_of(grad.shape[2], shape[2], _seed(group["seed"], period, index))
+            active = torch.cat([grad[:, :, span] for span in spans], dim=2).to(exact)
+            pieces = adam(active, state).split([span.stop - span.start for span in spans], dim=2)
 
             def by_columns(target: Tensor, rows: slice) -> None:
                 rest = state_free(grad[:, rows].to(target.dtype), rule)
                 rest = rest.mul_(free) if rule == "sign_sgd" else rest * free
-                target.add_(rest.index_copy_(2, columns, direction[:, rows]))
+                for span, piece in zip(spans, pieces, strict=True):
+                    rest[:, :, span] = piece[:, rows]
+                target.add_(rest)
 
             return by_columns
 
@@ -256,11 +270,6 @@ class FRUGAL(MatrixOptimizer):
         if group["reset_statistics"]:
             for key in ("exp_avg", "exp_avg_sq"):
                 scatter([state], key, torch.zeros_like(gather([state], key)), step)
-
-    def _columns(self, grad: Tensor, count: int, seed: int, period: int, index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_seed(seed, period, index))
-        drawn = torch.randperm(grad.shape[2], generator=generator)[:count]
-        return drawn.sort()[0].to(grad.device)
 
     def _is_active(self, group: Group, period: int, index: int) -> bool:
         """Whether matrix `index` is among the round(density · matrices) active ones of this period."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, MatrixOptimizer, check_rank, gather, matrix_bytes, resolve_rank, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, tall, turn
 from .weights import Step
 
@@ -200,11 +200,6 @@ def new_basis(shape: tuple[int, ...], bits: int, like: Tensor) -> Tensor:
     """A zero basis in the type that `basis_bytes` counts."""
     dtype = computing_dtype(like.dtype) if bits == 32 else torch.bfloat16
     return torch.zeros(shape, dtype=dtype, device=like.device)
-
-
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """left [B, ...] @ right [B, ...]; one pair as a plain product, twice as fast on a CPU as a batch of one."""
-    return left @ right if len(left) > 1 else (left[0] @ right[0]).unsqueeze(0)
 
 
 def back_projection(coordinates: Tensor, basis: Tensor, *, wide: bool) -> Step:

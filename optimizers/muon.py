@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from .cost import Cost, state_traffic, weight_traffic
-from .galore import multiply
 from .matrix import Group, MatrixOptimizer, gather, matrix_bytes, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .weights import Step
 
 # Coefficients of x(a + b x² + c x⁴): steep at zero, so that small singular values rise within few steps.

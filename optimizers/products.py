@@ -23,3 +23,8 @@ def fast_dtype(like: Tensor) -> torch.dtype:
 @cache
 def _cpu_has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """left [B, ...] @ right [B, ...]; one pair as a plain product, twice as fast on a CPU as a batch of one."""
+    return left @ right if len(left) > 1 else (left[0] @ right[0]).unsqueeze(0)

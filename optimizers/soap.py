@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from .cost import Cost, state_traffic, weight_traffic
-from .galore import galore_update, multiply
+from .galore import galore_update
 from .matrix import Group, MatrixOptimizer, gather, matrix_bytes, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype
+from .products import fast_dtype, multiply
 from .subspace import turn
 from .weights import Step
 

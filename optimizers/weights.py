@@ -26,8 +26,9 @@ Step = Callable[[Tensor, slice], None]
 """step(target, rows): add the update of these rows (of dimension 1) to `target` [B, rows, n], in place."""
 
 _TILE = 1 << 18
-# Rows worth a megabyte stay in a core's cache while an update goes through them operation by operation.
-_CPU_ELEMENTS = 1 << 18
+# Rows worth some megabytes stay in the processor's cache while an update goes through them operation by
+# operation.
+_CPU_ELEMENTS = 1 << 20
 _CUDA_ELEMENTS = 1 << 26
 
 
@@ -92,11 +93,17 @@ def add_step(
     most = _CPU_ELEMENTS if weights[0].device.type == "cpu" else _CUDA_ELEMENTS
     size = max(1, most // (shape[0] * shape[2] * len(weights)))
     in_place = dtype == computing_dtype(dtype)
+    if in_place and len(weights) == 1:
+        for first in range(0, shape[1], size):
+            rows = slice(first, min(first + size, shape[1]))
+            target = weights[0][:, rows]
+            step(target.mul_(keep) if keep != 1.0 else target, rows)
+        return
     for first in range(0, shape[1], size):
         rows = slice(first, min(first + size, shape[1]))
         parts = [w[:, rows] for w in weights]
         if in_place:
-            target = parts[0] if len(parts) == 1 else torch.cat(parts)
+            target = torch.cat(parts)
         elif mode == "master":
             masters = [s["master"].view(shape)[:, rows] for s in states]
             target = masters[0] if len(masters) == 1 else torch.cat(masters)
@@ -112,8 +119,7 @@ def add_step(
         step(target, rows)
         pieces = target.split(shape[0])
         if in_place:
-            if len(parts) > 1:
-                torch._foreach_copy_(parts, list(pieces))
+            torch._foreach_copy_(parts, list(pieces))
         elif mode == "master":
             if len(parts) > 1:
                 torch._foreach_copy_(masters, list(pieces))

@@ -205,7 +205,7 @@ class Frugal(_Own):
     density: float = Field(default=0.25, ge=0, le=1, description="Share that has state.")
     projection: Literal["columns", "randk", "random", "svd", "blocks"] = Field(
         default="columns",
-        description="Which share: columns of each matrix, single entries, a random or a singular subspace, "
+        description="Which share: a run of columns of each matrix, single entries, a random or a singular subspace, "
         "or whole matrices.",
     )
     state_free: Literal["sign_sgd", "sgd", "none"] = Field(

@@ -15,7 +15,7 @@ from optimizer_references import (
     soap,
 )
 from shoestring.optimizers import APOLLO, COSMOS, FRUGAL, SOAP, APOLLOMini, GaLore, Muon, NaturalGaLore
-from shoestring.optimizers.frugal import active_shape
+from shoestring.optimizers.frugal import _seed, active_shape, columns_of
 from shoestring.optimizers.muon import orthogonalise
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
@@ -199,7 +199,8 @@ def active_entries(optimizer, shape, steps, projection):
         period = step // group["update_proj_gap"]
         count = active_shape((1, *shape), group["density"], projection)[2 if projection == "columns" else 1]
         if projection == "columns":
-            mask[:, optimizer._columns(torch.zeros(1, *shape), count, group["seed"], period, 0)] = True
+            for span in columns_of(shape[1], count, _seed(group["seed"], period, 0)):
+                mask[:, span] = True
         else:
             mask.view(-1)[optimizer.state[p]["entries"][0].long()] = True
         masks.append(mask)

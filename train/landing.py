@@ -75,12 +75,14 @@ def finish(run: Run, reason: str) -> Summary:
 def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
     """The whole result in one object; what could not be measured is None."""
     state, plan, clock = run.state, run.plan, run.clock
-    optimizer_bytes = sum(
-        value.nbytes
+    # by place in memory: the tables of bitsandbytes are in the state of every tensor, and there once
+    held = {
+        value.data_ptr(): value.nbytes
         for entry in run.engine.optimizer.state.values()
         for value in entry.values()
         if isinstance(value, Tensor)
-    )
+    }
+    optimizer_bytes = sum(held.values())
     return Summary(
         stop_reason=reason,
         steps=state.step,

@@ -112,3 +112,14 @@ def matmul_rate(seconds: float = 2.0) -> float:
         a @ a
         rates.append(2 * 2048**3 / (time.perf_counter() - began))
     return statistics.median(rates)
+
+
+def chats(path: Path) -> tuple[Path, Path]:
+    """Training and held-out rows as files of chats, which `shoestring.data` reads."""
+    files = []
+    for source in split(path):
+        target = source.with_name(source.stem + "-chats.jsonl")
+        lines = [json.dumps({"messages": conversation(row)}) for row in rows(source)]
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files.append(target)
+    return files[0], files[1]

@@ -2,9 +2,9 @@
 
 All weights are trained, in float32. Each optimizer has a process of its own and steps on the same gradients;
 its time is the median of steps taken in turn with torch's fused AdamW in the same process, so that a machine
-that drifts hurts both alike. The floor is what the rule must move through memory at the copy bandwidth plus its
-matrix products at the bfloat16 rate, both measured in this run. Peers (galore-torch, bitsandbytes, torchao) run
-as they come, where they are installed.
+that drifts hurts both alike. The floor is what the rule must move through memory at the copy bandwidth plus
+its matrix products at the bfloat16 rate, both measured in this run. Peers (galore-torch, bitsandbytes,
+torchao) run as they come, where they are installed.
 
     python benchmarks/optimizers.py                 the table above
     python benchmarks/optimizers.py --matrices      eight float32 matrices of 4096 x 1024 instead of the model
@@ -272,7 +272,8 @@ def main() -> None:
         f"{rates.matmul_bf16 / 1e9:.0f} GFLOP/s, float32 {rates.matmul_fp32 / 1e9:.0f}"
     )
     print(
-        "| optimizer | state B/param | predicted | peak above start | step | of fused AdamW | floor | step / floor | slowest / median | peer |"
+        "| optimizer | state B/param | predicted | peak above start | step | of fused AdamW | floor "
+        "| step / floor | slowest / median | peer |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     results: dict[str, Any] = {}
@@ -294,7 +295,8 @@ def main() -> None:
         )
         predicted = "-" if found["predicted"] is None else f"{found['predicted']:.3f}"
         print(
-            f"| {name} | {found['state']:.3f} | {predicted} | {found['peak'] / 1e6:.0f} MB | {found['step']:.0f} ms | "
+            f"| {name} | {found['state']:.3f} | {predicted} | {found['peak'] / 1e6:.0f} MB "
+            f"| {found['step']:.0f} ms | "
             f"{found['step'] / found['fused']:.2f} | {floor} | {ratio} | {found['slowest']:.2f} | {beside} |",
             flush=True,
         )

@@ -1,7 +1,8 @@
 """APOLLO and APOLLO-Mini (arXiv:2412.05270): Adam's scale of a gradient, learned from a random sketch of it.
 
-For G [m, n] with a sketch R of its smaller side (R = G P [m, r] if m ≥ n, else Gᵀ P [n, r]), moments of R give one factor a channel, s_j = |N_j| / |R_j| with N = M / (√V + ε), or one a tensor
-(Mini, r = 1). The update is the whole gradient times s: full rank, with no momentum on its direction.
+For G [m, n] with a sketch R of its smaller side (R = G P [m, r] if m ≥ n, else Gᵀ P [n, r]), moments of R
+give one factor a channel, s_j = |N_j| / |R_j| with N = M / (√V + ε), or one a tensor (Mini, r = 1). The
+update is the whole gradient times s: full rank, with no momentum on its direction.
 
     U = s G √scale,  kept from growing by more than `norm_growth_limit` a step (arXiv:2410.01623)
     W ← (W - η √(1 - β2^t) / (1 - β1^t) U) (1 - η λ)

@@ -10,8 +10,8 @@ second moment of G U (written from the equations):
     A = Ĝ U / (√(V / b2) + ε) Uᵀ,   B = √(m n) NS(Ĝ - Ĝ U Uᵀ) / |NS(·)|,   D = A + γ B
     W ← (1 - η λ) W - η · lr_ratio · √(m n) · D / |D|
 
-so that the root mean square of an update is η times lr_ratio. Without nesterov the released code takes G where
-the paper has M: we follow the paper. n is the second dimension of a weight, its inputs.
+so that the root mean square of an update is η times lr_ratio. Without nesterov the released code takes G
+where the paper has M: we follow the paper. n is the second dimension of a weight, its inputs.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
 class COSMOS(MatrixOptimizer):
     """COSMOS as a `torch.optim.Optimizer`; see the module, and `MatrixOptimizer` for groups.
 
-    `rank`, `gamma`, `lr_ratio`, `nesterov`, `betas`, `eps` and `weight_decay` may stand in a group. A rank above
-    the smaller side of a matrix is cut to it.
+    `rank`, `gamma`, `lr_ratio`, `nesterov`, `betas`, `eps` and `weight_decay` may stand in a group. A rank
+    above the smaller side of a matrix is cut to it.
     """
 
     matrix_keys = ("rank", "gamma")

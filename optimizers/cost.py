@@ -1,8 +1,8 @@
 """What an update cannot do without: bytes through memory, and floating-point operations in matrix products.
 
-The sums behind the plan's time of a step and behind the floor in benchmarks/optimizers.py. Each rule states its
-matrices' cost beside its code (`update_cost(shape, config, dtype)`); a refresh is counted at its share of a
-step. Sizes are for weights and gradients of one type, read and written once where the rule allows it.
+The sums behind the plan's time of a step and behind the floor in benchmarks/optimizers.py. Each rule states
+its matrices' cost beside its code (`update_cost(shape, config, dtype)`); a refresh is counted at its share of
+a step. Sizes are for weights and gradients of one type, read and written once where the rule allows it.
 """
 
 from __future__ import annotations

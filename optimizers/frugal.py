@@ -3,10 +3,11 @@
     W ← (1 - η λ) W
     W ← W - η · Adam(active part of G) - η · state_free_scale · sign(rest of G)      (or the rest itself: sgd)
 
-The active part is `density` of G: a run of columns, single entries (`randk`), coordinates in a random or singular
-subspace of the smaller side, or whole matrices (`blocks`). Every `update_proj_gap` steps there is another one;
-with `reset_statistics` its moments start from zero, the bias correction with them. Which columns, entries or
-matrices follows from the seed, so every rank has the same. Density 1 is AdamW, density 0 is sign descent.
+The active part is `density` of G: a run of columns, single entries (`randk`), coordinates in a random or
+singular subspace of the smaller side, or whole matrices (`blocks`). Every `update_proj_gap` steps there is
+another one; with `reset_statistics` its moments start from zero, the bias correction with them. Which
+columns, entries or matrices follows from the seed, so every rank has the same. Density 1 is AdamW, density 0
+is sign descent.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class FRUGAL(MatrixOptimizer):
             )
 
     def new_state(self, state: State, weight: Tensor, group: Group) -> None:
-        """Moments of the active part, and its basis or entries; `blocks` gets its moments when it is active."""
+        """Moments of the active part, its basis or entries; `blocks` gets moments when it is active."""
         shape = active_shape(tuple(weight.shape), group["density"], group["projection"])
         if group["projection"] == "randk":
             state["entries"] = torch.zeros(shape, dtype=torch.int32, device=weight.device)

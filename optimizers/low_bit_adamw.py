@@ -1,4 +1,4 @@
-"""AdamW whose state has 32, 16 or 8 bits and whose weights may be bfloat16: `adamw.py`'s rule for all tensors."""
+"""AdamW with state in 32, 16 or 8 bits and weights that may be bfloat16: `adamw.py`'s rule for all."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ Group = dict[str, Any]
 class MatrixOptimizer(torch.optim.Optimizer):
     """`torch.optim.Optimizer` whose update of a matrix is `update`, and AdamW for all other tensors.
 
-    params: tensors, (name, tensor) pairs or groups of these. A group is `kind: matrix` or `kind: adamw`. Where
-    no group says so, groups that give `rank` or another key of `matrix_keys` are for matrices and the others
-    for AdamW, as in the published packages; where none gives one, all are for matrices. In a group for
+    params: tensors, (name, tensor) pairs or groups of these. A group is `kind: matrix` or `kind: adamw`.
+    Where no group says so, groups that give `rank` or another key of `matrix_keys` are for matrices and the
+    others for AdamW, as in the published packages; where none gives one, all are for matrices. In a group for
     matrices, tensors that are none (one dimension, embeddings and output heads known by name) move to a new
     group for AdamW, and one line in the log says which. Names come from `model.named_parameters()`.
 
@@ -258,7 +258,7 @@ def matrix_bytes(
     moments: Iterable[int] = (),
     full: int = 0,
 ) -> int:
-    """Bytes of state of a matrix: moments of these many elements in state_bits, `full` in 32, and the step."""
+    """Bytes of a matrix's state: moments of so many elements in state_bits, `full` in 32, the step."""
     kept = sum(moment_bytes(elements, config.state_bits, dtype) for elements in moments)
     weights = weight_bytes(torch.Size(shape).numel(), config.weights, dtype)
     return kept + full * computing_dtype(dtype).itemsize + weights + 8
@@ -280,7 +280,7 @@ def check_rank(optimizer: str, rank: int | None, name: str, shape: tuple[int, ..
 
 
 def as_groups(params: Iterable[Any]) -> list[Group]:
-    """Groups as torch takes them, from groups, tensors or (name, tensor) pairs. ValueError: there is nothing."""
+    """Groups as torch takes them, of groups, tensors or (name, tensor) pairs. ValueError: nothing."""
     given = list(params)
     if not given:
         raise ValueError("optimizer got an empty parameter list")

@@ -1,17 +1,17 @@
 """State in 32, 16 or 8 bits: plain tensors in an optimizer's `state`, read and written by range.
 
 32 is the arithmetic's own type (float32, or float64 for float64 weights) and is changed in place; 16 is
-bfloat16. 8 is blockwise: each 256 consecutive elements of the flattened tensor share a scale, and codes follow
-a square law, which needs no table and no search:
+bfloat16. 8 is blockwise: each 256 consecutive elements of the flattened tensor share a scale, and codes
+follow a square law, which needs no table and no search:
 
     signed (a mean):          x = s c |c| / 127²            c in -127..127,  s = max |x| of the block
     unsigned (mean square):   x = s (c / 255)⁴              c in 1..255,     s = max x of the block
 
-A table of 256 values as in arXiv:2110.02861 is as precise, but finding the nearest entry costs twenty times as
-much on a CPU. No code of a mean square is zero, since a small one rounded to zero makes a huge step. A mean
-square moves by a thousandth a step, less than half a code, and would stand still under rounding to nearest:
-its rounding threshold walks through [0, 1) from step to step (by the golden ratio), which is right on average
-and needs no random numbers.
+A table of 256 values as in arXiv:2110.02861 is as precise, but finding the nearest entry costs twenty times
+as much on a CPU. No code of a mean square is zero, since a small one rounded to zero makes a huge step. A
+mean square moves by a thousandth a step, less than half a code, and would stand still under rounding to
+nearest: its rounding threshold walks through [0, 1) from step to step (by the golden ratio), which is right
+on average and needs no random numbers.
 """
 
 from __future__ import annotations

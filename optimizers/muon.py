@@ -3,8 +3,8 @@
     M ← β M + (1 - β) G,   U = NS((1 - β) G + β M with nesterov, else M)
     W ← (1 - η λ) W - η · a · U
 
-NS is five steps of a quintic Newton-Schulz iteration; a = 0.2 √max(m, n) gives the update the root mean square
-of AdamW's, whose rates then apply (arXiv:2502.16982), a = √max(1, m / n) is the first published one.
+NS is five steps of a quintic Newton-Schulz iteration; a = 0.2 √max(m, n) gives the update the root mean
+square of AdamW's, whose rates then apply (arXiv:2502.16982), a = √max(1, m / n) is the first published one.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ gradient of the empirical Fisher matrix is
 
     (λ I + 𝒢 𝒢ᵀ)⁻¹ g = 𝒢 w,   (λ I + 𝒢ᵀ𝒢) w = e
 
-The paper writes it by Woodbury's identity, g / λ - 𝒢 z / λ²: the same, but a difference of nearly equal vectors
-where gradients are large. Adam sees λ 𝒢 w, which is g itself where gradients are small (Adam does not mind the
-factor, its ε would). The history belongs to one basis, and starts again with the next. It costs `history`
-bfloat16 copies of the projected gradient, ten times GaLore's moments: the paper counts it as nothing, we count
-it.
+The paper writes it by Woodbury's identity, g / λ - 𝒢 z / λ²: the same, but a difference of nearly equal
+vectors where gradients are large. Adam sees λ 𝒢 w, which is g itself where gradients are small (Adam does not
+mind the factor, its ε would). The history belongs to one basis, and starts again with the next. It costs
+`history` bfloat16 copies of the projected gradient, ten times GaLore's moments: the paper counts it as
+nothing, we count it.
 """
 
 from __future__ import annotations

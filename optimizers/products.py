@@ -26,5 +26,5 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """left [B, ...] @ right [B, ...]; one pair as a plain product, twice as fast on a CPU as a batch of one."""
+    """left [B, ...] @ right [B, ...]; one pair as a plain product, twice as fast on a CPU."""
     return left @ right if len(left) > 1 else (left[0] @ right[0]).unsqueeze(0)

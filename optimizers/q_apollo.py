@@ -1,8 +1,9 @@
 """Q-APOLLO (arXiv:2412.05270, section 5.4): APOLLO on weights that are held in int8.
 
 The rule is APOLLO's; a weight is decoded to float32, changed, and encoded again with stochastic rounding, so
-that updates far below a code's width arrive on average. Gradients have the weight's outward type. Which weights
-are int8 is the model's business (`shoestring.ops.use_int8_weights`); dense ones are treated as by APOLLO.
+that updates far below a code's width arrive on average. Gradients have the weight's outward type. Which
+weights are int8 is the model's business (`shoestring.ops.use_int8_weights`); dense ones are treated as by
+APOLLO.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How to start from a rate that suits AdamW: the table that `learning_rate: auto` and the docs use.
 
-A factor of one means that the update has AdamW's root mean square by construction (a fifth of the rate for each
-element), as with Muon's and COSMOS's scaling, APOLLO's automatic `scale`, and every kind of AdamW. The others
-follow from the size of their update; benchmarks/quality.py tries each with a third and with three times the
-factor, and docs/optimizers.md has the losses.
+A factor of one means that the update has AdamW's root mean square by construction (a fifth of the rate for
+each element), as with Muon's and COSMOS's scaling, APOLLO's automatic `scale`, and every kind of AdamW. The
+others follow from the size of their update; benchmarks/quality.py tries each with a third and with three
+times the factor, and docs/optimizers.md has the losses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ RATE_OVER_ADAMW: dict[str, float] = {
     "lion": 0.2,
     "lion_8bit": 0.2,
     "came": 1.0,
-    # Relative to the root mean square of each weight, which is near 0.05 in a trained model, at 1e-3 at least.
+    # Relative to the root mean square of each weight, which is near 0.05 in a trained model, at 1e-3 at
+    # least.
     "adafactor": 20.0,
     "adalomo": 20.0,
     # No second moment: the rate has to stand for the size of the gradient, which clipping to 1 fixes.

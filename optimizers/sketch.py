@@ -1,11 +1,11 @@
 """Random projections that cost no memory: one pool of normal numbers, a window of it for each tensor.
 
 A projection of [k, r] for each of hundreds of tensors, stored, is a fifth of APOLLO's memory; drawn again at
-every step it would cost more than the sketch. Both are avoided by drawing k r numbers once for all tensors and
-refresh, and letting tensor i read them from place 32 i on. Two tensors' projections then consist of the same
-numbers in other places, so they are as good as independent: neighbours differ by a shift of whole rows or
-parts of one. The pool follows from seed and refresh number alone, and is drawn on the CPU: every rank, device
-and resumed run has the same one, and no checkpoint holds it.
+every step it would cost more than the sketch. Both are avoided by drawing k r numbers once for all tensors
+and refresh, and letting tensor i read them from place 32 i on. Two tensors' projections then consist of the
+same numbers in other places, so they are as good as independent: neighbours differ by a shift of whole rows
+or parts of one. The pool follows from seed and refresh number alone, and is drawn on the CPU: every rank,
+device and resumed run has the same one, and no checkpoint holds it.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     G' = Q_Lᵀ G Q_R,   M ← β1 M + (1 - β1) G',   V ← β2 V + (1 - β2) G'²
     W ← (W - η √(1 - β2^t) / (1 - β1^t) · Q_L (M / (√V + ε)) Q_Rᵀ) (1 - η λ)
 
-The bases come from eigenvectors at the first step, which updates no weight, and from one power iteration and a
-QR every `precondition_frequency` steps; M moves with its basis, V is put into the new order of eigenvalues. A
-side longer than `max_precond_dim` keeps the identity. Matrices take turns in renewing their bases.
+The bases come from eigenvectors at the first step, which updates no weight, and from one power iteration and
+a QR every `precondition_frequency` steps; M moves with its basis, V is put into the new order of eigenvalues.
+A side longer than `max_precond_dim` keeps the identity. Matrices take turns in renewing their bases.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SIDES = ("left", "right")
 
 
 def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of state for a matrix: two moments, and two square matrices for each side that is not too long."""
+    """Bytes of state for a matrix: two moments, and two squares for each side that is not too long."""
     stack = torch.Size(shape[:-2]).numel()
     elements = torch.Size(shape).numel()
     squares = sum(2 * stack * side**2 for side in shape[-2:] if side <= config.max_precond_dim)
@@ -38,7 +38,7 @@ def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype = torch.
 
 
 def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost:
-    """Into the basis and back, one outer product a side, and a renewal's five products and QR in its share."""
+    """Into the basis and back, an outer product a side, a renewal's products and QR in their share."""
     n = torch.Size(shape).numel()
     sides = [side for side in shape[-2:] if side <= config.max_precond_dim]
     stack = torch.Size(shape[:-2]).numel()

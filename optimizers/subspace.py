@@ -1,9 +1,9 @@
 """The subspace that a gradient lives in, found without stalls and without crashes.
 
-A singular value decomposition of every matrix every 200 steps stops a run for minutes at 7B (arXiv:2412.05270,
-table 7) and fails on some gradients. One step of subspace iteration from the last basis, P ← qr(GᵀG P), costs
-two products and a small QR, follows the gradient as it drifts, and comes to the same subspace; matrices take
-turns (`turn`), so that no step refreshes all of them.
+A singular value decomposition of every matrix every 200 steps stops a run for minutes at 7B
+(arXiv:2412.05270, table 7) and fails on some gradients. One step of subspace iteration from the last basis, P
+← qr(GᵀG P), costs two products and a small QR, follows the gradient as it drifts, and comes to the same
+subspace; matrices take turns (`turn`), so that no step refreshes all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The optimizers that a recipe may name, and what each lets one set.
 
-Every class is one algorithm; `shoestring.optimizers.build_optimizer` turns it into the optimizer. Options have
-the names of the published packages. What all of our own share stands in `_Own`.
+Every class is one algorithm; `shoestring.optimizers.build_optimizer` turns it into the optimizer. Options
+have the names of the published packages. What all of our own share stands in `_Own`.
 """
 
 from typing import Annotated, Literal
@@ -198,15 +198,15 @@ class Frugal(_Own):
 
     name: Literal["frugal"] = Field(
         default="frugal",
-        description="FRUGAL (arXiv:2411.07837): Adam on a share of the weights, a stateless rule on the rest.",
+        description="FRUGAL (arXiv:2411.07837): Adam on a share of the weights, a stateless rule elsewhere.",
     )
     betas: Betas = Field(default=(0.9, 0.999), description=_BETAS)
     eps: float = Field(default=1e-8, gt=0, description=_EPS)
     density: float = Field(default=0.25, ge=0, le=1, description="Share that has state.")
     projection: Literal["columns", "randk", "random", "svd", "blocks"] = Field(
         default="columns",
-        description="Which share: a run of columns of each matrix, single entries, a random or a singular subspace, "
-        "or whole matrices.",
+        description="Which share: a run of columns of each matrix, single entries, a random or a singular "
+        "subspace, or whole matrices.",
     )
     state_free: Literal["sign_sgd", "sgd", "none"] = Field(
         default="sign_sgd", description="Rule of the part without state."

@@ -1,7 +1,8 @@
 """Slow, obvious float64 transcriptions of the published update rules: one matrix, one step after the other.
 
-Each takes the start W [m, n], the gradients of all steps and the options by their published names, and returns
-the weights after the last step. Nothing is shared with the package, and little between them, on purpose.
+Each takes the start W [m, n], the gradients of all steps and the options by their published names, and
+returns the weights after the last step. Nothing is shared with the package, and little between them, on
+purpose.
 """
 
 from __future__ import annotations

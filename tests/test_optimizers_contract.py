@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -581,7 +582,7 @@ def test_matrices_take_turns():
     for place in range(places):
         refreshed = [step for step in range(1, 41) if turn(step, gap, place, places)[0] == 0]
         assert refreshed[0] == 1
-        assert all(b - a == gap for a, b in zip(refreshed[1:], refreshed[2:], strict=False))
+        assert all(b - a == gap for a, b in pairwise(refreshed[1:]))
         assert refreshed[1] - refreshed[0] <= gap
         for step in refreshed[1:]:
             by_step.setdefault(step, []).append(place)
@@ -630,7 +631,7 @@ def test_growth_of_an_update_is_limited():
         p.grad = torch.randn(64, 32) * 10.0**step  # without moments the scale follows, with noise
         optimizer.step()
         sizes.append(float((p.detach() - before).norm()))
-    assert all(b <= 1.0101 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 1.0101 * a for a, b in pairwise(sizes))
 
 
 def test_updates_compile_without_a_break():

@@ -1,4 +1,6 @@
-"""Each of our optimizers against its float64 reference, for twenty steps, on wide, tall and square matrices."""
+"""Each of our optimizers against its float64 reference, twenty steps on wide, tall and square matrices."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_apollo(shape, dtype, per_channel, scale_front, gamma):
     )
     group = optimizer.param_groups[0]
     projections = [optimizer.projection(0, shape, group, t, w).clone() for t in range(1, STEPS + 1)]
-    changes = [not torch.equal(a, b) for a, b in zip(projections, projections[1:], strict=False)]
+    changes = [not torch.equal(a, b) for a, b in pairwise(projections)]
     assert [i for i, changed in enumerate(changes, start=2) if changed] == [8, 15]
     reference = apollo(
         w,
@@ -121,8 +123,8 @@ def test_galore(shape, dtype):
         product_dtype=dtype,
         **options,
     )
-    # the carried moments of the published rule depend on the signs of singular vectors, so one period is compared
-    # as it is and several with moments that start again
+    # the carried moments of the published rule depend on the signs of singular vectors, so one period is
+    # compared as it is and several with moments that start again
     one, _ = train(
         GaLore,
         w,
@@ -349,7 +351,7 @@ def test_cosmos(shape, dtype, nesterov):
 
 
 def test_cosmos_of_full_rank_without_muons_part_is_one_sided_soap():
-    """With r = n and γ = 0 the direction is Adam in the eigenbasis of GᵀG, here one of distinct eigenvalues."""
+    """With r = n and γ = 0 the direction is Adam in the eigenbasis of GᵀG, here of distinct eigenvalues."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator).double())[0] for n in (6, 4))
     grad = left[:, :4] * torch.tensor([1.0, 0.1, 0.01, 0.001]).double() @ right

@@ -159,6 +159,7 @@ def build(
         engine, fused = build_engine(recipe, plan, facts, data, accelerator, checkpoint)
     for line in fused:
         tracking.event("fused", text=line)
+        screen.note(line)
     run = Run(
         recipe=recipe,
         plan=plan,

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # What is installed: this tree, editable. .ci/run gives a built wheel instead.
 INSTALL ?= --editable .
-EXTRAS := quantized,optimizers,gguf,tensorboard,demo,dev
+EXTRAS := quantized,optimizers,gguf,tensorboard,demo,oracle,dev
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -31,7 +31,7 @@ from shoestring.plan.rates import measure_rates
 from shoestring.recipes.optimizers import OptimizerConfig
 from torch import nn
 
-ROUNDS = 7
+ROUNDS = 5
 OURS = {
     "adamw": {},
     "adamw 16-bit": {"name": "adamw", "state_bits": 16},
@@ -161,7 +161,10 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
     found: dict[int, int] = {}
 
     def look(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # torchao's states are made of several tensors
+            for part in value.__tensor_flatten__()[0]:
+                look(getattr(value, part))
+        elif isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
@@ -187,12 +190,12 @@ def one(name: str, matrices: bool) -> dict[str, Any]:
     model = subject(matrices)
     ours = name in OURS
     predicted = floor = None
+    grads = {n: p.grad for n, p in model.named_parameters()}
     if ours:
         config = config_of(name)
         if config.name == "q_apollo":
             from shoestring.ops import use_int8_weights
 
-            grads = {n: p.grad for n, p in model.named_parameters()}
             use_int8_weights(model, config.group_size)
             for n, p in model.named_parameters():
                 p.grad = grads[n]
@@ -200,10 +203,11 @@ def one(name: str, matrices: bool) -> dict[str, Any]:
         floor = update_cost(config, slots(model), torch.float32)
         optimizer = build_optimizer(model, config)
         set_rate(optimizer, 1e-6)
+        for n, p in model.named_parameters():  # BAdam drops gradients of other blocks
+            p.grad = grads[n] if p.requires_grad else None
     else:
         optimizer = peer(name, model)
     count = sum(p.numel() for p in model.parameters())
-    grads = {n: p.grad for n, p in model.named_parameters()}
     before = psutil.Process().memory_info().rss
     first = timed(optimizer.step)
     optimizer.step()
@@ -219,7 +223,7 @@ def one(name: str, matrices: bool) -> dict[str, Any]:
     fused.step()
     times, reference = [], []
     for _ in range(ROUNDS):
-        for n, p in model.named_parameters():  # BAdam drops gradients of other blocks
+        for n, p in model.named_parameters():
             p.grad = grads[n] if p.requires_grad else None
         times.append(timed(optimizer.step))
         reference.append(timed(fused.step))

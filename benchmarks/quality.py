@@ -162,7 +162,7 @@ def one(setting: Setting, name: str, steps: int, seeds: int) -> dict[str, Any]:
 def main() -> None:
     """Print the table."""
     parser = gsm8k.arguments(__doc__)
-    parser.add_argument("--seconds", type=float, default=25.0, help="wall clock of each run")
+    parser.add_argument("--seconds", type=float, default=18.0, help="wall clock of each run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=NAMES)
     parser.add_argument("--one", help="for the processes that this one starts")

@@ -1,15 +1,17 @@
 """Memory-light optimizers, the libraries' beside them, and what builds, groups, clips and counts them."""
 
+from .accounting import gradient_elements, state_bytes, update_cost
 from .adalomo import AdaLOMO
 from .apollo import APOLLO, APOLLOMini
 from .badam import BAdam
 from .build import build_optimizer, set_rate, takes_matrices
 from .clip import clip_by_global_norm
 from .cosmos import COSMOS
-from .cost import Cost, update_cost
+from .cost import Cost
 from .frugal import FRUGAL
 from .galore import GaLore
 from .groups import parameter_groups
+from .in_backward import step_in_backward
 from .lomo import LOMO
 from .low_bit_adamw import AdamW
 from .muon import Muon
@@ -18,7 +20,6 @@ from .q_apollo import QAPOLLO
 from .rates import rate_over_adamw
 from .roles import Slot, share_line, slots
 from .soap import SOAP
-from .state_bytes import gradient_elements, state_bytes
 
 __all__ = [
     "APOLLO",
@@ -45,6 +46,7 @@ __all__ = [
     "share_line",
     "slots",
     "state_bytes",
+    "step_in_backward",
     "takes_matrices",
     "update_cost",
 ]

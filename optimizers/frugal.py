@@ -180,7 +180,7 @@ class FRUGAL(MatrixOptimizer):
         steps = [self._one(part, state, group, period, index, adam, free) for part, state, index in pairs]
 
         def add(target: Tensor, rows: slice) -> None:
-            for one, part in zip(steps, target.split(each), strict=True):
+            for one, part in zip(steps, torch.split(target, each), strict=True):
                 one(part, rows)
 
         return add
@@ -210,7 +210,8 @@ class FRUGAL(MatrixOptimizer):
         if projection == "columns":
             spans = columns_of(grad.shape[2], shape[2], _seed(group["seed"], period, index))
             active = torch.cat([grad[:, :, span] for span in spans], dim=2).to(exact)
-            pieces = adam(active, state).split([span.stop - span.start for span in spans], dim=2)
+            widths = [span.stop - span.start for span in spans]
+            pieces = torch.split(adam(active, state), widths, dim=2)
 
             def by_columns(target: Tensor, rows: slice) -> None:
                 rest = state_free(grad[:, rows].to(target.dtype), rule)

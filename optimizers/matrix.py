@@ -158,6 +158,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The step of one parameter alone: what a hook in the backward pass calls."""
         self._advance(self._place(parameter)[1], [parameter])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it, for copies: torch's own forgets what a subclass has added."""
+        # A torch schedule puts a wrapper bound to this optimizer in the place of the method.
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but each state keeps the type that it was saved in: torch casts to the weight's."""
         super().load_state_dict(state_dict)
@@ -307,7 +312,8 @@ def split_groups(
         if every_tensor:
             result.append({**group, "params": tensors, "kind": "matrix"})
             continue
-        fitting, rest = [], []
+        fitting: list[Any] = []
+        rest: list[Any] = []
         for entry in tensors:
             name, p = entry if isinstance(entry, tuple) else ("", entry)
             fits = role_of(name, tuple(p.shape)) == "matrix"

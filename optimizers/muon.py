@@ -57,7 +57,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
             if len(x) > 1
             else torch.addmm(x[0], inner[0], x[0], beta=_A)[None]
         )
-    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+    result: Tensor = x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+    return result
 
 
 def _polynomial(gram: Tensor) -> Tensor:

@@ -36,4 +36,6 @@ class SketchPool:
             drawn = torch.randn(self.length, generator=generator)
             pool = self._held[device, dtype] = drawn.to(device=device, dtype=dtype)
         first = SHIFT * index
-        return pool[first : first + k * r].view(k, r) * r**-0.5
+        window = pool[first : first + k * r].view(k, r)
+        scaled: Tensor = window.mul(r**-0.5)
+        return scaled

@@ -188,6 +188,7 @@ def _eigenvectors(square: Tensor) -> Tensor:
     """Eigenvectors [B, k, k] by falling eigenvalue; the identity where the decomposition fails."""
     eye = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
     try:
-        return torch.linalg.eigh(square + 1e-30 * eye)[1].flip(-1)
-    except torch.linalg.LinAlgError:
+        vectors: Tensor = torch.linalg.eigh(square + 1e-30 * eye)[1]
+        return vectors.flip(-1)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
         return eye.expand_as(square).clone()

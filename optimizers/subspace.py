@@ -32,7 +32,8 @@ def random_basis(k: int, r: int, *, seed: int, like: Tensor) -> Tensor:
     """Orthonormal columns [k, r], the same on every rank and device."""
     generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF)
     drawn = torch.randn(k, r, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn)[0].to(device=like.device, dtype=_exact(like))
+    basis: Tensor = torch.linalg.qr(drawn)[0]
+    return basis.to(device=like.device, dtype=_exact(like))
 
 
 def leading_basis(grad: Tensor, previous: Tensor | None, r: int, *, seed: int, exact: bool) -> Tensor:
@@ -46,8 +47,10 @@ def leading_basis(grad: Tensor, previous: Tensor | None, r: int, *, seed: int, e
     k = upright.shape[1]
     if exact:
         try:
-            return torch.linalg.svd(upright.to(_exact(grad)), full_matrices=False)[2][:r].mT.contiguous()
-        except torch.linalg.LinAlgError:
+            left, _, right = torch.linalg.svd(grad.to(_exact(grad)), full_matrices=False)
+            leading: Tensor = right[:r].mT if upright is grad else left[:, :r]
+            return leading.contiguous()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
             pass  # iterate instead
     basis = random_basis(k, r, seed=seed, like=grad) if previous is None else previous.to(_exact(grad))
     fast = upright.to(fast_dtype(grad))
@@ -57,7 +60,7 @@ def leading_basis(grad: Tensor, previous: Tensor | None, r: int, *, seed: int, e
         seen = seen / seen.abs().max().clamp(min=torch.finfo(seen.dtype).tiny)
         try:
             found = torch.linalg.qr(seen)[0]
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not list it
             return basis
         if not bool(torch.isfinite(found).all()):
             return basis

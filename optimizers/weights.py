@@ -117,7 +117,7 @@ def add_step(
         if keep != 1.0 and (in_place or mode != "kahan"):
             target.mul_(keep)
         step(target, rows)
-        pieces = target.split(shape[0])
+        pieces = torch.split(target, shape[0])
         if in_place:
             torch._foreach_copy_(parts, list(pieces))
         elif mode == "master":

@@ -1,4 +1,6 @@
-"""Bytes of optimizer state, exactly those that the optimizers of this package allocate.
+"""What an optimizer costs, by the name in a recipe: bytes of state and of gradients, and the work of a step.
+
+Bytes of state are exactly those that the optimizers of this package allocate:
 
 | optimizer                    | bytes for a tensor of n elements                              | once |
 |------------------------------|---------------------------------------------------------------|------|
@@ -42,6 +44,7 @@ from ..recipes.optimizers import (
 )
 from . import adalomo, adamw, apollo, badam, cosmos, frugal, galore, lomo, muon, natural_galore, soap
 from .build import asks_for_own_adamw
+from .cost import Cost, adamw_cost, weight_traffic
 from .from_libraries import library_state_bytes
 from .roles import Slot
 
@@ -102,6 +105,42 @@ def gradient_elements(config: OptimizerConfig, slots: Iterable[Slot], *, accumul
     if getattr(config, "step_in_backward", False) and not accumulates:
         return max(sizes, default=0)
     return sum(sizes)
+
+
+def update_cost(config: OptimizerConfig, slots: Iterable[Slot], dtype: torch.dtype) -> Cost:
+    """Cost of one step of all trained parameters."""
+    total = Cost(0.0)
+    for slot in slots:
+        n = slot.elements
+        match config:
+            case Lomo():
+                total += Cost(weight_traffic(n, dtype))
+            case AdamW8bit() | PagedAdamW8bit():
+                total += Cost(weight_traffic(n, dtype) + 4 * n)
+            case Lion8bit():
+                total += Cost(weight_traffic(n, dtype) + 2 * n)
+            case AdamW() | BAdam():
+                total += adamw_cost(n, config, dtype)
+            case _ if slot.role != "matrix":
+                total += adamw_cost(n, config, dtype)
+            case Apollo() | ApolloMini() | QApollo():
+                total += apollo.update_cost(slot.shape, config, dtype)
+            case NaturalGaLore():
+                total += natural_galore.update_cost(slot.shape, config, dtype)
+            case GaLore():
+                total += galore.update_cost(slot.shape, config, dtype)
+            case Frugal():
+                total += frugal.update_cost(slot.shape, config, dtype)
+            case Cosmos():
+                total += cosmos.update_cost(slot.shape, config, dtype)
+            case Muon():
+                total += muon.update_cost(slot.shape, config, dtype)
+            case Soap():
+                total += soap.update_cost(slot.shape, config, dtype)
+            case _:
+                # Factored and libraries' rules: at least weight and gradient, and one reading more.
+                total += Cost(weight_traffic(n, dtype, grad_reads=2))
+    return total
 
 
 def _frugal(config: Frugal, trained: list[Slot], dtype: torch.dtype) -> int:

@@ -26,6 +26,7 @@ from typing import Any
 import gsm8k
 import psutil
 import torch
+from shoestring.ops import keep_freed_memory
 from shoestring.optimizers import build_optimizer, set_rate, slots, state_bytes, update_cost
 from shoestring.plan.rates import measure_rates
 from shoestring.recipes.optimizers import OptimizerConfig
@@ -186,7 +187,8 @@ def timed(step: Callable[[], Any]) -> float:
 
 
 def one(name: str, matrices: bool) -> dict[str, Any]:
-    """Figures of one optimizer, in a process of its own."""
+    """Figures of one optimizer, in a process of its own, whose allocator is set as a run's is."""
+    keep_freed_memory()
     model = subject(matrices)
     ours = name in OURS
     predicted = floor = None

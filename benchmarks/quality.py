@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from shoestring.data import Order, prepare, training_batches
 from shoestring.models import load_model, load_tokenizer, read_facts, use_packed_attention
-from shoestring.ops import use_fused, use_int8_weights
+from shoestring.ops import keep_freed_memory, use_fused, use_int8_weights
 from shoestring.optimizers import build_optimizer, rate_over_adamw, set_rate
 from shoestring.recipes import DataConfig, ModelConfig, ObjectiveConfig
 from shoestring.recipes.model_data import Source
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--one", help="for the processes that this one starts")
     parser.add_argument("--steps", type=int)
     options = parser.parse_args()
+    keep_freed_memory()
     setting = Setting(options.gsm8k)
     if options.one:
         print(json.dumps(one(setting, options.one, options.steps, options.seeds)))

@@ -4,7 +4,8 @@ A bfloat16 weight has eight digits; an update below half of the last one changes
 nearest. Three ways out, `weights` in a recipe:
 
     sr       round up or down at random, in proportion: right on average, no memory (arXiv:2010.06192)
-    kahan    remember what rounding took, in bfloat16: 2 bytes a weight (Kahan's compensated sum)
+    kahan    remember what rounding took, in bfloat16: 2 bytes a weight (Kahan's compensated sum); what that
+             cannot hold either is rounded at random
     master   keep the weights in float32 too: 4 bytes a weight
     plain    round to nearest
 
@@ -125,9 +126,13 @@ def add_step(
                 torch._foreach_copy_(masters, list(pieces))
             torch._foreach_copy_(parts, list(pieces))
         elif mode == "kahan":
-            for part, loss, wanted in zip(parts, lost, pieces, strict=True):
+            for which, (part, loss, wanted) in enumerate(zip(parts, lost, pieces, strict=True)):
                 moved = part.float().add_(wanted).to(dtype)
-                loss.copy_(wanted.sub_(moved.float().sub_(part.float())))
+                rest = wanted.sub_(moved.float().sub_(part.float()))
+                if dtype == torch.bfloat16:
+                    # To nearest, the same small update would be cut in the same way at every step.
+                    _dither(rest, [noise(which, *_range(shape, e, rows)) for e in range(shape[0])])
+                loss.copy_(rest)
                 part.copy_(moved)
         else:
             if mode == "sr" and dtype == torch.bfloat16:

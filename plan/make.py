@@ -19,7 +19,7 @@ from .plan import Plan
 from .reasons import explain
 from .refusal import disk_too_small
 from .seconds import Fixed, StepTime, fixed_seconds, optimizer_seconds, step_time
-from .sizes import resident_bytes
+from .sizes import measures_first, resident_bytes
 
 
 def make_plan(
@@ -101,7 +101,8 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
     measured = grounds.measured(chosen.checkpointing)
     rates = machine.rates
     update = optimizer_seconds(sizes, rates)
-    per_token = chosen.seconds_per_token / world_size
+    passes = 2 if measures_first(recipe) else 1
+    per_token = passes * chosen.seconds_per_token / world_size
     share = data.trained_share
 
     def step_of(batch: int) -> StepTime:
@@ -113,6 +114,7 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
             world_size=world_size,
             trained_share=share,
             update_seconds=update,
+            passes=passes,
         )
 
     def batch_for(tokens: float) -> tuple[int, str]:

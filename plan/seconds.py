@@ -42,12 +42,13 @@ def step_time(
     world_size: int,
     trained_share: float,
     update_seconds: float,
+    passes: int = 1,
 ) -> StepTime:
-    """Time of a step; micro-batches of a step are taken as equally full."""
+    """Time of a step; micro-batches of a step are taken as equally full. passes: over each of them."""
     accumulation = max(1, ceil(batch_tokens / (micro_tokens * world_size)))
     tokens = batch_tokens / (accumulation * world_size)
     micro = measured.micro_seconds(layers, tokens, tokens * trained_share)
-    return StepTime(accumulation * micro + update_seconds, accumulation, batch_tokens)
+    return StepTime(passes * accumulation * micro + update_seconds, accumulation, batch_tokens)
 
 
 @dataclass(frozen=True)

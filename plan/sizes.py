@@ -57,6 +57,14 @@ def accumulates(recipe: Recipe) -> bool:
     return steps != 1 and (steps is not None or not getattr(recipe.optimizer, "step_in_backward", False))
 
 
+def measures_first(recipe: Recipe) -> bool:
+    """Whether a step runs forward and backward once more, to know the gradient's norm before it steps."""
+    optimizer = recipe.optimizer
+    in_backward = getattr(optimizer, "step_in_backward", False) and not accumulates(recipe)
+    exact = getattr(optimizer, "clipping", None) == "exact" and optimizer.max_grad_norm is not None
+    return bool(in_backward and exact)
+
+
 def resident_bytes() -> int:
     """Resident memory of this process with a run's libraries imported: what is there before the model."""
     import peft  # noqa: F401 - imported for its weight in memory

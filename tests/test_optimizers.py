@@ -11,6 +11,7 @@ from shoestring.optimizers import (
     clip_by_global_norm,
     parameter_groups,
     set_rate,
+    slots,
     state_bytes,
 )
 from shoestring.recipes import AdamW, AdamW8bit, Lion8bit, PagedAdamW8bit
@@ -111,14 +112,13 @@ def test_every_optimizer_lowers_the_loss_and_has_exactly_the_bytes_it_states(con
         backward(model, x)
         optimizer.step()
     assert float(model(x).detach().square().sum()) < 0.8 * before
-    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for state in optimizer.state.values()
         for tensor in state.values()
         if isinstance(tensor, torch.Tensor)
     }
-    assert sum(storages.values()) == state_bytes(config, shapes, dtype)
+    assert sum(storages.values()) == state_bytes(config, slots(model), dtype)
 
 
 @pytest.mark.parametrize("config", ALL, ids=lambda c: c.name)

@@ -2,8 +2,8 @@
 
 Every optimizer gets `--seconds` of wall clock on two cores: as many steps of 512 tokens as its own step time
 (from benchmarks/optimizers.py, which runs first) and the measured forward and backward pass allow, so that
-the figures do not change when something else runs on the machine. Each is tried with three rates, a third,
-one and three times its start from the table in optimizers/rates.py; the best goes on to two more seeds.
+the figures do not change when something else runs on the machine. Each is tried with two rates, one and
+three times its start from the table in optimizers/rates.py; the better goes on to two more seeds.
 Linear decay to zero, 10 % warm-up, norm clipped to 1, float32 weights, bfloat16 products.
 
     python benchmarks/optimizers.py && python benchmarks/quality.py --gsm8k train.jsonl
@@ -143,9 +143,9 @@ def forward_backward_seconds(setting: Setting) -> float:
 
 
 def one(setting: Setting, name: str, steps: int, seeds: int) -> dict[str, Any]:
-    """Three rates with seed 0, then the best with the other seeds."""
+    """Two rates with seed 0, then the better with the other seeds."""
     start = ADAMW_RATE * rate_over_adamw(config_of(name).name)
-    tried = {rate: train(setting, name, rate, 0, steps) for rate in (start / 3, start, 3 * start)}
+    tried = {rate: train(setting, name, rate, 0, steps) for rate in (start, 3 * start)}
     finite = {rate: found["loss"] for rate, found in tried.items() if math.isfinite(found["loss"])}
     best = min(finite, key=lambda rate: finite[rate])
     losses = [tried[best]["loss"]]
@@ -178,7 +178,7 @@ def main() -> None:
     base = setting.loss(setting.engine("lomo", 0))
     print(
         f"forward and backward of {TOKENS} tokens {passes:.2f} s; untrained {base:.4f}; "
-        f"{options.seconds:.0f} s each; 3 rates, then {options.seeds} seeds"
+        f"{options.seconds:.0f} s each; 2 rates, then {options.seeds} seeds"
     )
     print(
         "| optimizer | steps | best rate | loss by rate | held-out loss, median | each seed | state B/param |"

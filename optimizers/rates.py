@@ -2,8 +2,8 @@
 
 A factor of one means that the update has AdamW's root mean square by construction (a fifth of the rate for
 each element), as with Muon's and COSMOS's scaling, APOLLO's automatic `scale`, and every kind of AdamW. The
-others follow from the size of their update; benchmarks/quality.py tries each with a third and with three
-times the factor, and docs/optimizers.md has the losses.
+others follow from the size of their update; benchmarks/quality.py tries each at the factor and at three
+times it, and docs/optimizers.md has the losses.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _proposals(grounds: Grounds) -> Iterator[tuple[str, str | None, dict[str, An
             "train",
             {"gradient_accumulation_steps": None},
         )
-    if train.activation_checkpointing is False:
+    if train.activation_checkpointing is False and train.wta_crs_ratio is None:
         yield "train.activation_checkpointing=true", "train", {"activation_checkpointing": True}
     quantised = importlib.util.find_spec("bitsandbytes") is not None
     if recipe.optimizer.name == "adamw" and quantised:

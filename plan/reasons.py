@@ -37,6 +37,8 @@ def explain(
     wanted = recipe.train.activation_checkpointing
     if wanted is not None:
         reasons["activation_checkpointing"] = f"train.activation_checkpointing={str(wanted).lower()}"
+    elif recipe.train.wta_crs_ratio is not None:
+        reasons["activation_checkpointing"] = "train.wta_crs_ratio excludes it"
     elif chosen.checkpointing:
         reasons["activation_checkpointing"] = "needed: the activations do not fit; about a third slower"
     else:

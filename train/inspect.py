@@ -56,7 +56,6 @@ def evaluate_run(run: Path, other: str | None) -> None:
     """
     from accelerate import Accelerator
 
-    from ..optimizers import build_optimizer
     from .engine import NativeEngine
     from .evaluation import evaluate
     from .objectives import LossModule, build_objective
@@ -78,14 +77,13 @@ def evaluate_run(run: Path, other: str | None) -> None:
         raise UserError(f"{run}: no rows are held out.  Give some: shoestring eval {run} --data FILE")
     packed = use_packed_attention(model.get_base_model() if hasattr(model, "peft_config") else model)
     use_fused(model)
-    head = next(model.parameters()).requires_grad_(True)  # an engine has an optimizer, if only of one tensor
+    some = next(model.parameters())  # an engine has an optimizer, if only of one tensor
     engine = NativeEngine(
         Accelerator(cpu=not torch.cuda.is_available()),
         LossModule(model, build_objective(recipe.objective, model)),
-        build_optimizer(model, recipe.optimizer),
+        torch.optim.SGD([some], lr=0.0),
         autocast=False,
     )
-    head.requires_grad_(False)
     result = evaluate(
         engine,
         engine.accelerator,

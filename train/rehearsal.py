@@ -48,7 +48,7 @@ def _too_little(run: Run) -> BudgetError:
     plan, used = run.plan, run.memory.peak_device_bytes or 0
     parts = {name: size for name, size in plan.memory["device"].items() if name != "total"}
     limit = plan.memory_limits.get("device")
-    if not plan.activation_checkpointing:
+    if not plan.activation_checkpointing and run.recipe.train.wta_crs_ratio is None:
         change = "train.activation_checkpointing=true"
     elif plan.micro_tokens > plan.longest_row:
         change = f"train.gradient_accumulation_steps={2 * plan.accumulation}"

@@ -93,7 +93,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def new_state(self, state: State, weight: Tensor, group: Group) -> None:
         """Put the state of `weight` [E, m, n] into `state`, with `new_moment` where bits matter."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no rule for matrices alone; give the group kind='adamw'")
 
     def update(
         self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
@@ -103,7 +103,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         grad [B, m, n] in its own type; step counts from 1; indices: place of each matrix among all. None
         leaves the weights as they are, without decay.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no rule for matrices alone; give the group kind='adamw'")
 
     def update_weights(
         self,

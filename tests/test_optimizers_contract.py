@@ -423,6 +423,15 @@ def test_an_empty_list_and_a_vector_in_a_group_for_matrices_are_refused():
         APOLLO([{"params": [nn.Parameter(torch.zeros(4))], "kind": "matrix"}])
 
 
+def test_adamw_says_that_it_has_no_rule_for_matrices_alone():
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = AdamW([p])
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))], "kind": "matrix"})
+    fill_gradients(nn.ParameterList(optimizer.param_groups[1]["params"]), 0)
+    with pytest.raises(TypeError, match="AdamW has no rule for matrices alone; give the group kind='adamw'"):
+        optimizer.step()
+
+
 CONFIGS = [entry[2] for entry in {e[2]: e for e in OURS.values()}.values()]
 
 

@@ -1,5 +1,4 @@
-"""The sections that are a choice by `name`: objective, adapter, schedule (optimizers.py has the
-optimizers).
+"""The adapters that a recipe may name (schedules.py, optimizers.py and objectives.py have the other menus).
 
 Each union is discriminated on `name`; the package that owns the classes builds them with one `match`.
 """
@@ -9,18 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .section import Section
-
-
-class ObjectiveConfig(Section):
-    """What the loss is."""
-
-    name: str = Field(
-        default="sft",
-        pattern=r"^(sft|[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*)$",
-        json_schema_extra={"x-allowed": "sft, or your own as module:attribute"},
-        description="`sft` (cross-entropy on the trained tokens), or an objective of your own as "
-        "`module:attribute`.",
-    )
 
 
 def _default_alpha(values: dict[str, Any]) -> int:
@@ -99,68 +86,4 @@ class LoraAdapter(Section):
     )
 
 
-class _Schedule(Section):
-    """What all schedules share."""
-
-    warmup_steps: float = Field(
-        default=0.03,
-        ge=0,
-        description="Rise from 0 to the peak: below 1 a share of the budget, from 1 a number of steps.",
-    )
-
-
-class _Decay(_Schedule):
-    """What all schedules that come down share."""
-
-    min_factor: float = Field(
-        default=0.0, ge=0, lt=1, description="Where the rate lands, as a share of the peak."
-    )
-
-
-class ConstantSchedule(_Schedule):
-    """The peak rate after warm-up."""
-
-    name: Literal["constant"] = Field(default="constant", description="The peak rate after warm-up.")
-
-
-class LinearSchedule(_Decay):
-    """A straight line down."""
-
-    name: Literal["linear"] = Field(default="linear", description="A straight line down.")
-
-
-class CosineSchedule(_Decay):
-    """Half a cosine wave down."""
-
-    name: Literal["cosine"] = Field(
-        default="cosine", description="Half a cosine wave down (arXiv:1608.03983)."
-    )
-
-
-class PolynomialSchedule(_Decay):
-    """(1 - x) to a power."""
-
-    name: Literal["polynomial"] = Field(default="polynomial", description="(1 - x) ** power.")
-    power: float = Field(default=1.0, gt=0, description="The power; 1 is linear.")
-
-
-class RexSchedule(_Decay):
-    """Reflected exponential (arXiv:2107.04197): stays high for long, then comes down quickly."""
-
-    name: Literal["rex"] = Field(
-        default="rex", description="Reflected exponential (arXiv:2107.04197): high for long."
-    )
-    d: float = Field(
-        default=0.5,
-        ge=0,
-        lt=1,
-        description="Bend of (1 - x) / (1 - d + d * (1 - x)): 0 is linear, nearer to 1 stays high for "
-        "longer; other tools named rex use 0.9.",
-    )
-
-
 AdapterConfig = LoraAdapter
-ScheduleConfig = Annotated[
-    ConstantSchedule | LinearSchedule | CosineSchedule | PolynomialSchedule | RexSchedule,
-    Field(discriminator="name"),
-]

@@ -18,6 +18,7 @@ class Cadence:
     Due when a multiple of `every` lies between the last time and now; once, when one step passed several of
     them. The end of the run is no such multiple: what happens there is the landing, not an event. Seconds
     count from the first step. What is remembered are amounts, so a resumed run may use another `every`.
+    leg: the one whose progress is meant.
     """
 
     every: Every
@@ -25,6 +26,7 @@ class Cadence:
     step: int = 0
     progress: float = 0.0
     seconds: float | None = None
+    leg: int = 0
 
     def due(self, step: int, progress: float, seconds: float) -> bool:
         """Whether it is time, after `step` finished steps, at `progress` through the budget and at
@@ -57,12 +59,16 @@ class Cadence:
         before_end = math.ceil(1.0 / self.every.share - 1e-9) - 1
         return min(math.floor(progress / self.every.share + 1e-9), before_end)
 
+    def restart(self, leg: int) -> None:
+        """Progress starts again at zero, in this leg."""
+        self.leg, self.progress = leg, 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"step": self.step, "progress": self.progress, "seconds": self.seconds}
+        return {"step": self.step, "progress": self.progress, "seconds": self.seconds, "leg": self.leg}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`; the progress of an earlier leg is over."""
         self.step = int(state["step"])
-        self.progress = float(state["progress"])
+        self.progress = float(state["progress"]) if int(state.get("leg", 0)) == self.leg else 0.0
         self.seconds = None if state["seconds"] is None else float(state["seconds"])

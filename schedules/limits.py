@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..recipes.errors import UserError
 from ..recipes.running import BudgetConfig
@@ -40,8 +42,7 @@ class Limits:
 
     def check(self, *, energy_measured: bool) -> None:
         """Raise UserError when nothing limits the run, or a limit cannot be measured on this machine."""
-        limits = [getattr(self, f.name) for f in fields(self) if f.name != "price_per_hour"]
-        if all(limit is None for limit in limits):
+        if all(limit is None for limit in self.amounts().values()):
             raise UserError(
                 "budget  nothing limits this run; give one of time, cost, energy, tokens, steps, epochs"
                 "   e.g. budget.time=2h"
@@ -57,9 +58,58 @@ class Limits:
                 "/sys/class/powercap counter   Use budget.time instead, or see: shoestring doctor"
             )
 
+    def amounts(self) -> dict[str, float | int | None]:
+        """By the recipe's names; the price is none of them."""
+        return {
+            "time": self.seconds,
+            "cost": self.cost,
+            "energy": self.joules,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "epochs": self.epochs,
+        }
+
+    def beyond(self, used: Mapping[str, float | int | None]) -> Limits:
+        """The same limits counted from zero, when they are given on top of what was `used`."""
+
+        def more(name: str) -> Any:
+            given, before = self.amounts()[name], used.get(name)
+            return given if given is None or not before else given + before
+
+        return replace(
+            self,
+            seconds=more("time"),
+            cost=more("cost"),
+            joules=more("energy"),
+            tokens=more("tokens"),
+            steps=more("steps"),
+            epochs=more("epochs"),
+        )
+
+    def same_but_price(self, other: Limits) -> bool:
+        """Whether both end a run in the same way: a price alone, with no limit of money, changes no end."""
+        price = self.price_per_hour if self.cost is None else other.price_per_hour
+        return replace(other, price_per_hour=price) == self
+
+    def changes(self, new: Limits) -> str:
+        """One line on what is different in `new`."""
+        before, after = self.amounts(), new.amounts()
+        before["price"], after["price"] = self.price_per_hour, new.price_per_hour
+        parts = [
+            f"{name} {_shown(name, before[name])} -> {_shown(name, after[name])}"
+            for name in before
+            if before[name] != after[name]
+        ]
+        return f"budget: {', '.join(parts) or 'unchanged'}"
+
     @property
     def cost_seconds(self) -> float | None:
         """Seconds that `cost` buys, or None."""
         if self.cost is None or self.price_per_hour is None:
             return None
         return self.cost / self.price_per_hour * 3600.0
+
+
+def _shown(name: str, amount: float | int | None) -> str:
+    unit = {"time": " s", "energy": " J", "price": " an hour"}.get(name, "")
+    return "none" if amount is None else f"{amount:.12g}{unit}"

@@ -24,3 +24,15 @@ class StepPermit:
     def stopped(self, reason: str) -> "StepPermit":
         """The same point in the run, but the run ends here for `reason` (a signal, early stopping)."""
         return replace(self, go=False, stop_reason=reason)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A permitted step that has not finished: when it began, what had been spent on other work by then, and
+    the passes over the rows when it ends.
+    """
+
+    permit: StepPermit
+    epochs: float
+    began: float
+    spent: float

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ..recipes.errors import BudgetError, in_columns
-from .estimates import Durations
+from ..recipes.errors import BudgetError, ShoestringError, UserError, in_columns
+from .durations import Durations
 from .limits import Limits
 
 FEW_STEPS = 20
@@ -45,26 +45,29 @@ def no_step_fits(
     return BudgetError(in_columns([(f"budget.{name}", text)]))
 
 
-def already_spent(limits: Limits, used: Mapping[str, float]) -> BudgetError | None:
-    """The run used more, in earlier processes, than it is given now; None when it did not."""
-    given: dict[str, float | None] = {
-        "time": limits.seconds,
-        "cost": limits.cost,
-        "energy": limits.joules,
-        "tokens": limits.tokens,
-        "steps": limits.steps,
-        "epochs": limits.epochs,
-    }
+def already_spent(
+    limits: Limits, used: Mapping[str, float | int | None], *, resumed: bool
+) -> BudgetError | None:
+    """The run used more than it is given now; None when it did not. resumed: it is about to go on."""
+    given = limits.amounts()
     for name, amount in used.items():
         limit = given[name]
-        if limit is not None and amount > limit * (1 + 1e-9):
+        if limit is not None and amount is not None and amount > limit * (1 + 1e-9):
             unit = {"time": " s", "energy": " J"}.get(name, "")
-            text = (
-                f"given {_amount(limits, name)}, but this run has already used {amount:.6g}{unit}\n"
-                f"Give more than that to go on, or start again with --fresh"
-            )
+            then = "Give more than that to go on, or start again with --fresh" if resumed else "It lands now"
+            text = f"given {_amount(limits, name)}, but this run has already used {amount:.6g}{unit}\n{then}"
             return BudgetError(in_columns([(f"budget.{name}", text)]))
     return None
+
+
+def energy_unknown(limits: Limits, joules: float | None) -> ShoestringError | None:
+    """Energy is limited, but an earlier process of the run did not measure what it used."""
+    if limits.joules is None or joules is not None:
+        return None
+    return UserError(
+        "budget.energy  an earlier process of this run could not measure its energy, so what is left is "
+        "not known   Use budget.time instead, or start again with --fresh"
+    )
 
 
 def _by_kind(seconds: Mapping[str, float]) -> str:

@@ -1,0 +1,156 @@
+"""What a run has used of its budget, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from .account import Account
+from .ahead import Ahead
+from .counted import Counted
+from .limits import Limits
+
+SAFETY = 0.002
+"""Share of the budget kept free for noise in the last step, the last save and the export."""
+
+
+class Spending:
+    """The part of the Clock that decides nothing: it measures and adds up.
+
+    limits: in all, with what was used before this leg.
+    """
+
+    def __init__(self, limits: Limits, account: Account, ahead: Ahead) -> None:
+        self.limits = limits
+        self.stop_reason: str | None = None
+        self.durations = ahead.durations
+        self.step_time = ahead.step_time
+        self._account, self._ahead, self._counted = account, ahead, Counted()
+        self._before: Mapping[str, float | int | None] = {}
+        self._open: list[float] = []
+        self._spent = 0.0
+
+    # What was used
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the process, and in earlier processes of this run. Never runs backwards."""
+        return self._account.seconds
+
+    @property
+    def joules(self) -> float | None:
+        """Energy used by this run, or None where it was not measured all the time."""
+        return self._account.joules
+
+    @property
+    def energy_source(self) -> str | None:
+        """The counters that the energy was read from, such as "GPU 0 (NVML), CPU package 0 (RAPL)"."""
+        return self._account.source
+
+    @property
+    def cost(self) -> float | None:
+        """Money spent, each second at the price of its time, or None without a price."""
+        return self._account.cost
+
+    @property
+    def steps(self) -> int:
+        """Finished steps, over all legs."""
+        return self._counted.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the finished steps."""
+        return self._counted.tokens
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows in the finished steps."""
+        return self._counted.epochs
+
+    def _amounts(self) -> dict[str, float | int | None]:
+        counted = self._counted
+        return {
+            "time": self.seconds,
+            "cost": self.cost,
+            "energy": self.joules,
+            "tokens": counted.tokens,
+            "steps": counted.steps,
+            "epochs": counted.epochs,
+        }
+
+    def used(self) -> dict[str, dict[str, float | int | None]]:
+        """For each limit what was given and what was used; None for what was not given or not measured."""
+        given = self.limits.amounts()
+        return {name: {"given": given[name], "used": used} for name, used in self._amounts().items()}
+
+    @contextmanager
+    def spent(self, kind: str, size: float = 1.0) -> Iterator[None]:
+        """Measure what is not a step: "load", "data", "eval", "samples", "save", "export", "report".
+
+        Later ones of the same kind, and the reserve, are predicted from it, in proportion to `size` (rows of
+        an evaluation); the landing's is as large as the largest. An inner `spent` is not counted in the outer
+        one. What ends in an exception is counted but not learned from.
+        """
+        began, whole = self.seconds, False
+        self._open.append(0.0)
+        try:
+            yield
+            whole = True
+        finally:
+            total = self.seconds - began
+            own = total - self._open.pop()
+            if self._open:
+                self._open[-1] += total
+            else:
+                self._spent += total
+            self.durations.add(kind, own, size=size, whole=whole)
+            if self.stop_reason is not None:
+                self._ahead.landed.add(kind)
+
+    # What is left
+
+    @property
+    def reserve(self) -> float:
+        """Seconds kept for what must still happen after the last step."""
+        return self._ahead.reserve
+
+    def remaining_seconds(self) -> float | None:
+        """Until the first of time, cost and energy runs out at the present power; None when none is given."""
+        deadline = self._deadline()
+        return None if deadline is None else max(0.0, deadline[0] - self.seconds)
+
+    def finish_in(self) -> float | None:
+        """Seconds until the last file is written, counted limits at the measured speed; None when unknown."""
+        if self.stop_reason is not None:
+            return self.reserve
+        remaining = self.remaining_seconds()
+        ends = [] if remaining is None else [remaining]
+        steps = self._counted.steps_left(self.limits)
+        if steps is not None and self.step_time.seconds_per_token is not None and self.steps:
+            end = steps * self.step_time.predict(self.tokens / self.steps)
+            ends.append(end + self._ahead.events(self.steps, steps, self.seconds + end) + self.reserve)
+        return min(ends, default=None)
+
+    def _deadline(self) -> tuple[float, str] | None:
+        """When, on the axis of `seconds`, the first of time, cost and energy runs out, and which."""
+        ends: list[tuple[float, str]] = []
+        now, limits = self.seconds, self.limits
+        if limits.seconds is not None:
+            ends.append((limits.seconds, "time"))
+        if limits.cost is not None:
+            ends.append((now + self._account.seconds_for(limits.cost - (self.cost or 0.0)), "cost"))
+        joules, watts = self.joules, self._account.watts
+        if limits.joules is not None and joules is not None:
+            left = limits.joules - joules
+            if left <= 0:
+                ends.append((now, "energy"))
+            elif watts:
+                ends.append((now + left / watts, "energy"))
+        return min(ends, default=None)
+
+    def _last_end(self, deadline: float) -> float:
+        """When the last step must have ended."""
+        return deadline - self._safety(deadline) - self.reserve
+
+    def _safety(self, deadline: float) -> float:
+        return SAFETY * (deadline - float(self._before.get("time") or 0.0))

@@ -3,7 +3,7 @@ targets.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ _Rows = Sequence[tuple[NDArray[np.int32], NDArray[np.bool_]]]
 
 @dataclass
 class Batch:
-    """One micro-batch. Packed: [1, T], rows one after the other. Padded: [B, L], padding on the right."""
+    """One micro-batch. Packed: [1, T], rows one after the other. Padded: [B, L], padding on the right.
+
+    A pair stands as two sequences, the chosen one first: two segments, or two rows of the rectangle.
+    """
 
     input_ids: Tensor
     """int64"""
@@ -34,6 +37,26 @@ class Batch:
     rows: list[int]
     n_tokens: int
     """Real tokens: padding is not counted."""
+    pairs: int = 0
+    """Pairs among `rows`: all of them or, for single sequences, none."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What an objective's own collate adds; it moves to the device with the rest."""
+
+    def sequence_of_target(self) -> Tensor:
+        """int64 [n]; the sequence that each target is in. Those of pair p are 2 p (chosen) and 2 p + 1."""
+        if self.segments is None:
+            return self.targets // self.input_ids.shape[1]
+        ends = torch.tensor(self.segments[1:], device=self.targets.device)
+        return torch.searchsorted(ends, self.targets, right=True)
+
+    def last_positions(self) -> Tensor:
+        """int64 [sequences]; the flat position of the last token of each sequence."""
+        if self.segments is not None:
+            return torch.tensor(self.segments[1:], device=self.targets.device) - 1
+        assert self.attention_mask is not None
+        rows, width = self.attention_mask.shape
+        starts = torch.arange(rows, device=self.attention_mask.device) * width
+        return starts + self.attention_mask.sum(dim=1) - 1
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on a device."""
@@ -51,6 +74,7 @@ class Batch:
             attention_mask=None if self.attention_mask is None else function(self.attention_mask),
             targets=function(self.targets),
             labels=function(self.labels),
+            extra={name: function(tensor) for name, tensor in self.extra.items()},
         )
 
 
@@ -62,8 +86,9 @@ def collate(rows: TokenRows, indices: Sequence[int], *, packed: bool) -> Batch:
     """
     if not indices:
         return _one_token(rows, packed)
-    parts = [rows.row(index) for index in indices]
-    return _packed(parts, list(indices)) if packed else _padded(parts, list(indices))
+    parts = [sequence for index in indices for sequence in rows.sequences(index)]
+    batch = _packed(parts, list(indices)) if packed else _padded(parts, list(indices))
+    return batch if rows.second is None else replace(batch, pairs=len(indices))
 
 
 def _packed(parts: _Rows, indices: list[int]) -> Batch:

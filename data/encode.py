@@ -18,11 +18,17 @@ from .template import has_template, plain_parts, plain_prompt_ids
 @dataclass(frozen=True)
 class Encoded:
     """One row. `trained[i]`: token i is a target of the loss; the first token has nothing before it and never
-    is.
+    is. `second`: where the rejected conversation of a pair starts.
     """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
+    second: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest conversation, which is what a limit is for."""
+        return max(self.second, len(self.tokens) - self.second) if self.second else len(self.tokens)
 
 
 class RowEncoder:

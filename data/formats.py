@@ -9,6 +9,7 @@ messages.
 | question_answer | `question` and `answer` |
 | alpaca | `instruction`, `input`, `output`, `system`, `history` |
 | text | `text` |
+| preference | `chosen` and `rejected`, with a `prompt` or as whole conversations (see preferences.py) |
 """
 
 import difflib
@@ -56,13 +57,26 @@ def choose_format(
         UserError: nothing fits, or a named column does not exist; the columns that do are listed.
 
     """
-    present = list(dict.fromkeys(key for row in sample for key in row))
-    if columns is not None:
+    present = columns_of(sample)
+    if format == "preference":
+        raise _not_for_sft(label)
+    elif columns is not None:
         chosen = _named(columns, format)
     elif format is not None:
-        chosen = Format(format, _usual_columns(format, present), "data.format says so")
+        chosen = Format(format, usual_columns(format, present), "data.format says so")
     else:
         chosen = _detect(sample, present, label)
+    check_columns(chosen, present, label, "{prompt: ..., completion: ...}, {messages: ...} or {text: ...}")
+    return chosen
+
+
+def columns_of(sample: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of some rows, in the order in which they first appear."""
+    return list(dict.fromkeys(key for row in sample for key in row))
+
+
+def check_columns(chosen: Format, present: Sequence[str], label: str, example: str) -> None:
+    """Raise UserError for a column that no row has, and say how to name it: `example`."""
     for part, column in chosen.columns.items():
         if column not in present and part not in ("system", "input", "history"):
             near = difflib.get_close_matches(column, present, n=1)
@@ -70,9 +84,16 @@ def choose_format(
                 f"{label}  has no column {column!r} for the {part} of format {chosen.name} ({chosen.why}).\n"
                 f"  its columns: {', '.join(present) or 'none'}"
                 + (f"\n  Did you mean {near[0]!r} ?" if near else "")
-                + "\n  Name them: data.columns={prompt: ..., completion: ...}, {messages: ...} or {text: ...}"
+                + f"\n  Name them: data.columns={example}"
             )
-    return chosen
+
+
+def _not_for_sft(label: str) -> UserError:
+    return UserError(
+        f"{label}  holds preferences (columns chosen, rejected), which sft does not train on.\n"
+        "  To train on the pairs: objective=dpo\n"
+        "  To train on the chosen answers: data.columns={prompt: prompt, completion: chosen}"
+    )
 
 
 def _named(columns: Columns, format: DataFormat | None) -> Format:
@@ -87,7 +108,8 @@ def _named(columns: Columns, format: DataFormat | None) -> Format:
     return Format(name, given, "data.columns says so")
 
 
-def _usual_columns(format: DataFormat, present: Sequence[str]) -> dict[str, str]:
+def usual_columns(format: DataFormat, present: Sequence[str]) -> dict[str, str]:
+    """Part of a row -> the column that usually holds it, where there are several the one that is present."""
     system = {"system": "system"} if "system" in present else {}
     match format:
         case "messages":
@@ -106,6 +128,10 @@ def _usual_columns(format: DataFormat, present: Sequence[str]) -> dict[str, str]
             return {"prompt": "instruction", "completion": "output"} | optional | system
         case "text":
             return {"text": "text"}
+        case "preference":
+            prompt = next((name for name in ("prompt", "question", "instruction") if name in present), None)
+            before = {"prompt": prompt} if prompt else {}
+            return before | {"chosen": "chosen", "rejected": "rejected"} | system
 
 
 def _detect(sample: Sequence[Mapping[str, Any]], present: Sequence[str], label: str) -> Format:
@@ -122,10 +148,7 @@ def _detect(sample: Sequence[Mapping[str, Any]], present: Sequence[str], label: 
             why = f"`{column}` is a list of {keys} in {count} of the first {len(sample)} rows"
             return Format(name, {"messages": column} | system, why)
     if have("chosen", "rejected"):
-        raise UserError(
-            f"{label}  holds preferences (columns chosen, rejected), which sft does not train on.\n"
-            "  To train on the chosen answers: data.columns={prompt: prompt, completion: chosen}"
-        )
+        raise _not_for_sft(label)
     pairs: list[tuple[DataFormat, tuple[str, ...]]] = [
         ("alpaca", ("instruction", "output")),
         ("prompt_completion", ("prompt", "completion")),
@@ -137,7 +160,7 @@ def _detect(sample: Sequence[Mapping[str, Any]], present: Sequence[str], label: 
             columns = " and ".join(f"`{name}`" for name in names)
             return Format(
                 format,
-                _usual_columns(format, present),
+                usual_columns(format, present),
                 f"{columns} in {count} of the first {len(sample)} rows",
             )
     shown = ", ".join(repr(name[:40]) for name in present[:12]) or "none"
@@ -167,9 +190,9 @@ def normalise(row: Any, format: Format) -> Messages | str:
         raise RowProblem("are not objects with columns", f"{type(row).__name__}")
     columns = format.columns
     if format.name == "text":
-        return _text(row, columns["text"])
+        return text_of(row, columns["text"])
     if "messages" in columns:
-        messages = _messages(row.get(columns["messages"]), columns["messages"])
+        messages = messages_of(row.get(columns["messages"]), columns["messages"])
     else:
         messages = _pair(row, columns, format.name)
     system = row.get(columns["system"]) if "system" in columns else None
@@ -186,7 +209,8 @@ def normalise(row: Any, format: Format) -> Messages | str:
     return messages
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text in a column. Raises RowProblem when it is none, or empty."""
     value = row.get(column)
     if not isinstance(value, str):
         raise RowProblem(f"have a `{column}` that is not text", type(value).__name__)
@@ -200,14 +224,16 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, str], format: str) -> Me
     if isinstance(row.get(prompt), list) or isinstance(row.get(completion), list):
         # Conversational prompt and completion: only the completion is learned.
         before = (
-            _messages(row.get(prompt), prompt)
+            messages_of(row.get(prompt), prompt)
             if isinstance(row.get(prompt), list)
-            else _user(_text(row, prompt))
+            else _user(text_of(row, prompt))
         )
         answer = row.get(completion)
-        after = _messages(answer, completion) if isinstance(answer, list) else _answer(_text(row, completion))
+        after = (
+            messages_of(answer, completion) if isinstance(answer, list) else _answer(text_of(row, completion))
+        )
         return [m | {"weight": 0} if m["role"] == "assistant" else m for m in before] + after
-    text = _text(row, prompt)
+    text = text_of(row, prompt)
     messages: Messages = []
     if format == "alpaca":
         extra = row.get(columns.get("input", ""))
@@ -219,7 +245,7 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, str], format: str) -> Me
             ):
                 raise RowProblem("have a `history` that is not a list of [prompt, answer]")
             messages += _user(pair[0]) + _answer(pair[1])
-    return messages + _user(text) + _answer(_text(row, completion))
+    return messages + _user(text) + _answer(text_of(row, completion))
 
 
 def _user(text: str) -> Messages:
@@ -230,7 +256,8 @@ def _answer(text: str) -> Messages:
     return [{"role": "assistant", "content": text}]
 
 
-def _messages(value: Any, column: str) -> Messages:
+def messages_of(value: Any, column: str) -> Messages:
+    """A list of messages in our spelling. Raises RowProblem when the value of `column` is none."""
     if not isinstance(value, list):
         raise RowProblem(f"have a `{column}` that is not a list", type(value).__name__)
     messages: Messages = []

@@ -14,6 +14,7 @@ from ..recipes.errors import UserError
 from ..recipes.model_data import DataConfig, Source
 from .encode import Encoded, RowEncoder
 from .formats import Format, Messages, choose_format, normalise
+from .preferences import Pair, choose_pair_format, cut_prompt, encode_pairs, normalise_pair
 from .raw import RawRow, RowProblem
 from .report import DataReport, SourceReport
 from .sources import Input
@@ -28,6 +29,9 @@ taken.
 """
 
 
+Content = Messages | str | Pair
+
+
 @dataclass
 class Gathered:
     """Rows in the order in which they were read; all lists have one entry a row."""
@@ -35,6 +39,8 @@ class Gathered:
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
     trained: list[NDArray[np.bool_]] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
+    second: list[int] = field(default_factory=list)
+    """Of pairs; empty for other rows."""
     hashes: list[int] = field(default_factory=list)
     lowest: list[tuple[int, int, Messages]] = field(default_factory=list)
     """A heap of (-hash, -row, messages)."""
@@ -46,8 +52,10 @@ class Gathered:
         """[rows]"""
         return np.array(self.hashes, dtype=np.uint64)
 
-    def add(self, encoded: Encoded, content: Messages | str, content_hash: int, source: int) -> None:
+    def add(self, encoded: Encoded, content: Content, content_hash: int, source: int) -> None:
         """Append one row."""
+        if isinstance(content, Pair):
+            content = content.prompt + content.chosen
         if not isinstance(content, str):
             entry = (-content_hash, -len(self), content)
             if len(self.lowest) < KEPT_CONVERSATIONS:
@@ -57,6 +65,8 @@ class Gathered:
         self.tokens.append(encoded.tokens)
         self.trained.append(encoded.trained)
         self.source.append(source)
+        if encoded.second is not None:
+            self.second.append(encoded.second)
         self.hashes.append(content_hash)
 
     def samples(self, count: int, mask: NDArray[np.bool_] | None) -> tuple[list[Messages], list[str]]:
@@ -91,20 +101,25 @@ def gather(
     seed: int,
     limit: int | None,
     report: DataReport,
+    preferences: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Gathered:
-    """Read and tokenise the sources; each adds its SourceReport to `report.sources`.
+    """Read and tokenise the sources, as pairs with `preferences`; each adds its SourceReport to
+    `report.sources`.
 
     Raises:
         UserError: bad rows with data.on_bad_row=error, long rows with data.on_long_row=error, no rows at all.
 
     """
     gathered = Gathered()
-    encoder = RowEncoder(tokenizer, assistant_only_loss=data.assistant_only_loss)
+    # What stands before both answers has the same probability in both: only the answers can be compared.
+    encoder = RowEncoder(tokenizer, assistant_only_loss=data.assistant_only_loss or preferences)
     for number, (given, source) in enumerate(zip(inputs, sources, strict=True)):
         counts = SourceReport(given.label, role, source.weight)
         report.sources.append(counts)
-        reading = _Reading(data, seed, limit, encoder, counts, gathered, number)
+        reading = _Reading(
+            data, seed, limit, encoder, counts, gathered, number, preferences, tokenizer.bos_token_id
+        )
         for _ in reading.read(given, source):
             if progress is not None:
                 progress(report.rows_read)
@@ -127,6 +142,8 @@ class _Reading:
     counts: SourceReport
     gathered: Gathered
     number: int
+    preferences: bool
+    bos: int | None
     longest: tuple[int, str] = (0, "")
     too_long: int = 0
 
@@ -144,7 +161,8 @@ class _Reading:
         self._complain(given.label)
 
     def _format(self, sample: list[Mapping[str, Any]], source: Source, label: str) -> Format:
-        chosen = choose_format(
+        choose = choose_pair_format if self.preferences else choose_format
+        chosen = choose(
             sample,
             format=source.format or self.data.format,
             columns=source.columns or self.data.columns,
@@ -156,7 +174,7 @@ class _Reading:
         return chosen
 
     def _take(self, chunk: Sequence[RawRow], chosen: Format | None) -> None:
-        contents: list[Messages | str] = []
+        contents: list[Content] = []
         places: list[str] = []
         for row in chunk:
             self.counts.rows_read += 1
@@ -165,24 +183,43 @@ class _Reading:
                     raise row.problem
                 if chosen is None:
                     raise RowProblem("are not objects with columns", type(row.value).__name__)
-                content = normalise(row.value, chosen)
+                content = self._content(row.value, chosen)
             except RowProblem as problem:
                 self.counts.drop(row.where, problem)
                 continue
-            if self.data.system_prompt and not isinstance(content, str) and content[0]["role"] != "system":
-                content.insert(0, {"role": "system", "content": self.data.system_prompt})
             contents.append(content)
             places.append(row.where)
         if self.counts.dropped and self.data.on_bad_row == "error":
             return  # the run will not start: only the rest of the bad rows is still to be counted
-        for content, where, encoded in zip(contents, places, self.encoder.encode(contents), strict=True):
+        for content, where, encoded in zip(contents, places, self._encode(contents), strict=True):
             self._keep(content, where, encoded)
 
-    def _keep(self, content: Messages | str, where: str, encoded: Encoded | RowProblem) -> None:
+    def _content(self, value: Any, chosen: Format) -> Content:
+        content = normalise_pair(value, chosen) if self.preferences else normalise(value, chosen)
+        if self.data.system_prompt and not isinstance(content, str):
+            messages = content.prompt if isinstance(content, Pair) else content
+            if messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": self.data.system_prompt})
+        return content
+
+    def _encode(self, contents: list[Content]) -> list[Encoded | RowProblem]:
+        if self.preferences:
+            return encode_pairs(self.encoder, [content for content in contents if isinstance(content, Pair)])
+        return self.encoder.encode([content for content in contents if not isinstance(content, Pair)])
+
+    def _cut(self, encoded: Encoded, limit: int) -> Encoded | RowProblem:
+        """The row within the limit: its end is cut off, or of a pair the beginning of its prompt."""
+        detail = f"{encoded.longest} tokens"
+        if encoded.second is not None:
+            return cut_prompt(encoded, limit, self.bos) or RowProblem(_no_room(limit), detail)
+        cut = Encoded(encoded.tokens[:limit].copy(), encoded.trained[:limit].copy())
+        return cut if cut.trained.any() else RowProblem(_nothing_left(limit), detail)
+
+    def _keep(self, content: Content, where: str, encoded: Encoded | RowProblem) -> None:
         if isinstance(encoded, RowProblem):
             self.counts.drop(where, encoded)
             return
-        length = len(encoded.tokens)
+        length = encoded.longest
         if self.limit is not None and length > self.limit:
             if length > self.longest[0]:
                 self.longest = length, where
@@ -191,10 +228,9 @@ class _Reading:
                 if self.data.on_long_row == "skip":
                     self.counts.drop(where, RowProblem(f"are longer than {self.limit} tokens", f"{length}"))
                 return
-            encoded = Encoded(encoded.tokens[: self.limit].copy(), encoded.trained[: self.limit].copy())
-            if not encoded.trained.any():
-                reason = f"have no trained token within the first {self.limit}"
-                self.counts.drop(where, RowProblem(reason, f"{length} tokens"))
+            encoded = self._cut(encoded, self.limit)
+            if isinstance(encoded, RowProblem):
+                self.counts.drop(where, encoded)
                 return
             self.counts.truncated.add(where, f"{length} tokens")
         if not encoded.trained.any():
@@ -202,7 +238,9 @@ class _Reading:
             return
         self.counts.rows_kept += 1
         self.counts.tokens += len(encoded.tokens)
-        self.gathered.add(encoded, content, content_hash(content, self.seed), self.number)
+        # By their prompt, so that no prompt is both trained on and held out.
+        identity = content.prompt if isinstance(content, Pair) else content
+        self.gathered.add(encoded, content, content_hash(identity, self.seed), self.number)
 
     def _complain(self, label: str) -> None:
         counts = self.counts
@@ -212,10 +250,8 @@ class _Reading:
                 f"{self.limit} (longest {self.longest[0]:,}: {self.longest[1]}).\n"
                 f"  data.max_length={self.longest[0]}, or data.on_long_row=truncate, or skip"
             )
-        expected = (
-            f"are longer than {self.limit} tokens",
-            f"have no trained token within the first {self.limit}",
-        )
+        limit = self.limit or 0
+        expected = f"are longer than {limit} tokens", _nothing_left(limit), _no_room(limit)
         bad = {reason: dropped for reason, dropped in counts.dropped.items() if reason not in expected}
         if not counts.rows_kept and not (bad and self.data.on_bad_row == "error"):
             reasons = "; ".join(f"{dropped.count:,} {reason}" for reason, dropped in counts.dropped.items())
@@ -235,6 +271,14 @@ class _Reading:
             ]
             more = f"  ({len(bad) - 3} more reasons)" if len(bad) > 3 else ""
             raise UserError("\n".join(lines) + f"\n  Skip them with data.on_bad_row=skip{more}")
+
+
+def _nothing_left(limit: int) -> str:
+    return f"have no trained token within the first {limit}"
+
+
+def _no_room(limit: int) -> str:
+    return f"have answers that leave no room for a prompt within {limit} tokens"
 
 
 def _chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:

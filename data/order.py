@@ -76,6 +76,7 @@ class Order:
             raise UserError("data.train: there are no rows to train on")
         self._seed = seed
         self._lengths = rows.lengths
+        self._sizes = rows.sizes(packed=packed)
         self._trained = np.asarray(rows.trained_counts)
         self.packed = packed
         self._micro_tokens, self._micro_rows, self._world_size = micro_tokens, micro_rows, world_size
@@ -127,14 +128,15 @@ class Order:
         Twice, if steps have more than one: the second one finds the gradients of the first in memory. It
         belongs to no epoch (`index` is -1).
         """
-        longest = int(self._lengths.max())
+        longest = int(self._sizes.max())
         if self._batch_rows is not None:
             step_tokens = float(self._batch_rows) * longest
         else:
-            step_tokens = self.tokens_per_epoch / self.steps_per_epoch + longest
+            padding = float((self._sizes / np.maximum(1, self._lengths)).max())
+            step_tokens = padding * self.tokens_per_epoch / self.steps_per_epoch + longest
         share = 1 if self._micro_tokens or self._micro_rows else self._world_size
         worst = costliest(
-            self._lengths,
+            self._sizes,
             packed=self.packed,
             capacity=min(self._micro_tokens or math.inf, step_tokens / share),
             most=min(self._micro_rows or math.inf, -(-(self._batch_rows or self.rows_per_epoch) // share)),
@@ -153,7 +155,7 @@ class Order:
     def _make(self, index: int, epoch: float, chosen: NDArray[np.int64]) -> Step:
         lengths = self._lengths[chosen]
         batches = split_rows(
-            lengths.tolist(),
+            self._sizes[chosen].tolist(),
             packed=self.packed,
             micro_tokens=self._micro_tokens,
             micro_rows=self._micro_rows,
@@ -243,4 +245,5 @@ def eval_batches(
     """All rows once, in micro-batches of at most `micro_tokens`, the most costly first."""
     if len(rows) == 0:
         return []
-    return split_rows(rows.lengths.tolist(), packed=packed, micro_tokens=micro_tokens, micro_rows=micro_rows)
+    sizes = rows.sizes(packed=packed).tolist()
+    return split_rows(sizes, packed=packed, micro_tokens=micro_tokens, micro_rows=micro_rows)

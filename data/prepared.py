@@ -49,13 +49,14 @@ def prepare(
     seed: int,
     cache_dir: Path | None = None,
     max_length: int | None = None,
+    preferences: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared:
     """Prepare the rows, or take them from the cache.
 
     `seed` decides the held-out split where `data.seed` does not; `max_length` is the limit where
-    `data.max_length` is automatic (None: the longest row). `progress` is called with the number of rows read
-    so far, every few thousand rows.
+    `data.max_length` is automatic (None: the longest row). `preferences`: the rows are pairs of answers, for
+    dpo. `progress` is called with the number of rows read so far, every few thousand rows.
 
     Raises:
         UserError: a source, a row (with on_bad_row=error) or the whole cannot be trained on.
@@ -66,14 +67,16 @@ def prepare(
     limit = data.max_length if data.max_length is not None else max_length
     train = [open_source(source) for source in data.train]
     held = [open_source(source) for source in data.eval] if isinstance(data.eval, list) else []
-    folder = (cache_dir or default_cache_dir()) / _key(data, tokenizer, seed, limit, train + held)
+    folder = (cache_dir or default_cache_dir()) / _key(
+        data, tokenizer, seed, limit, train + held, preferences
+    )
     notes = []
     if folder.exists():
         damage = find_damage(folder)
         if damage is None:
             return _load(folder, started)
         notes.append(f"the prepared data in {folder} is damaged ({damage}): built again")
-    prepared = _build(data, tokenizer, seed, limit, train, held, progress)
+    prepared = _build(data, tokenizer, seed, limit, train, held, preferences, progress)
     report = prepared.report
     try:
         store(folder, lambda aside: _write(prepared, aside))
@@ -97,10 +100,16 @@ def prepare(
 
 
 def _key(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, limit: int | None, inputs: list[Input]
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    limit: int | None,
+    inputs: list[Input],
+    preferences: bool,
 ) -> str:
-    # What only decides the batches leaves the rows as they are.
-    settings = data.model_dump(mode="json", exclude={"packing", "num_workers", "max_length", "seed"})
+    # What only decides the batches, or is another stage's, leaves the rows as they are.
+    others = {"packing", "num_workers", "max_length", "seed", "preferences"}
+    settings = data.model_dump(mode="json", exclude=others)
     return key_of(
         {
             "content": [source.identity() for source in inputs],
@@ -110,6 +119,7 @@ def _key(
             "settings": settings,
             "seed": seed,
             "limit": limit,
+            "preferences": preferences,
             "code": code_version(),
         }
     )
@@ -122,9 +132,10 @@ def _build(
     limit: int | None,
     train: list[Input],
     held: list[Input],
+    preferences: bool,
     progress: Callable[[int], None] | None,
 ) -> Prepared:
-    report = DataReport(max_length=limit)
+    report = DataReport(max_length=limit, pairs=preferences)
     rows = gather(
         train,
         data.train,
@@ -134,6 +145,7 @@ def _build(
         seed=seed,
         limit=limit,
         report=report,
+        preferences=preferences,
         progress=progress,
     )
     others: Gathered | None = None
@@ -147,6 +159,7 @@ def _build(
             seed=seed,
             limit=limit,
             report=report,
+            preferences=preferences,
             progress=progress,
         )
         mask = np.zeros(len(rows), dtype=np.bool_)
@@ -158,7 +171,10 @@ def _build(
     else:
         mask = held_out(rows.hash_array(), data.eval, data.eval_rows)
         if not mask.any():
-            report.notes.append("nothing is held out: all training rows are the same")
+            report.notes.append(
+                "nothing is held out: all training rows "
+                + ("have the same prompt" if preferences else "are the same")
+            )
     weights = tuple(source.weight for source in data.train)
     train_rows = _rows(rows, ~mask, weights)
     eval_rows = (
@@ -182,6 +198,7 @@ def _rows(
         [gathered.trained[i] for i in indices],
         [gathered.source[i] for i in indices],
         weights,
+        [gathered.second[i] for i in indices] if gathered.second else None,
     )
 
 

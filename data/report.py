@@ -70,6 +70,8 @@ class DataReport:
     """Of the training rows, in tokens: "50" is the median."""
     max_length: int | None = None
     truncated_rows: int = 0
+    pairs: bool = False
+    """Whether each row is a pair of answers to one prompt."""
     notes: list[str] = field(default_factory=list)
     """Sentences to print once."""
     cache_hit: bool = False
@@ -123,9 +125,11 @@ class DataReport:
                 examples = ", ".join(dropped.examples[:3])
                 lines.append(f"  {dropped.count:,} of {source.rows_read:,} rows {reason}: {examples}")
             if source.truncated.count:
-                lines.append(f"  {source.truncated.count:,} rows cut to {self.max_length} tokens")
+                where = ", at the start of their prompts" if self.pairs else ""
+                lines.append(f"  {source.truncated.count:,} rows cut to {self.max_length} tokens{where}")
+        kind = "pairs" if self.pairs else "rows"
         lines.append(
-            f"{self.train_rows:,} rows to train on, {self.train_tokens:,} tokens, {self.trained_share:.0%} "
+            f"{self.train_rows:,} {kind} to train on, {self.train_tokens:,} tokens, {self.trained_share:.0%} "
             f"of them trained; {self.eval_rows:,} rows held out"
             + ("; from the cache" if self.cache_hit else "")
         )

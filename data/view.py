@@ -2,6 +2,8 @@
 are trained.
 """
 
+import itertools
+
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -75,7 +77,8 @@ def _dropped(report: DataReport) -> Table:
 def _totals(report: DataReport) -> Text:
     lengths = report.length_percentiles
     text = Text()
-    text.append(f"{report.train_rows:,} rows to train on, {report.eval_rows:,} held out; ")
+    kind = "pairs of answers" if report.pairs else "rows"
+    text.append(f"{report.train_rows:,} {kind} to train on, {report.eval_rows:,} held out; ")
     text.append(f"{report.train_tokens:,} tokens, ")
     text.append(f"{report.trained_share:.1%} of them trained", style="bold green")
     text.append("\nlengths in tokens: ")
@@ -93,26 +96,33 @@ _PERCENTILE_NAMES = {"0": "shortest", "50": "median", "100": "longest"}
 
 def sample_panel(rows: TokenRows, index: int, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """One row: each run of tokens beside a word that says whether it is trained, readable without colours
-    too.
+    too. Of a pair both answers, and the prompt once.
     """
-    tokens, trained = rows.row(index)
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column()
-    edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
-    start = 0
-    for end in [*edges.tolist(), len(tokens)]:
-        style = "bold green" if trained[start] else "dim"
-        word = "trained" if trained[start] else "context"
-        shown = _decode(tokenizer, tokens[start:end].tolist())
-        grid.add_row(
-            Text(f"{word} {end - start}", style=style),
-            Text(shown.replace("\n", "⏎\n").rstrip("\n"), style=style),
-        )
-        start = end
+    sequences = rows.sequences(index)
+    for (tokens, trained), (word, colour) in zip(
+        sequences, _ANSWERS if len(sequences) > 1 else _TRAINED, strict=False
+    ):
+        edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(tokens)]
+        for start, end in itertools.pairwise(edges):
+            if word == "rejected" and start == 0:
+                continue
+            style = f"bold {colour}" if trained[start] else "dim"
+            shown = _decode(tokenizer, tokens[start:end].tolist())
+            grid.add_row(
+                Text(f"{word if trained[start] else 'context'} {end - start}", style=style),
+                Text(shown.replace("\n", "⏎\n").rstrip("\n"), style=style),
+            )
     count = int(rows.trained_counts[index])
-    title = f"row {index + 1:,}: {len(tokens):,} tokens, {count:,} trained"
+    kind = "pair" if len(sequences) > 1 else "row"
+    title = f"{kind} {index + 1:,}: {rows.lengths[index]:,} tokens, {count:,} trained"
     return Panel(grid, title=title, title_align="left")
+
+
+_TRAINED = (("trained", "green"),)
+_ANSWERS = (("chosen", "green"), ("rejected", "red"))
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, run: list[int]) -> str:

@@ -120,6 +120,7 @@ def test_preferences_are_named() -> None:
         choose({"prompt": "q", "chosen": "a", "rejected": "b"})
     assert str(caught.value) == (
         "a.jsonl  holds preferences (columns chosen, rejected), which sft does not train on.\n"
+        "  To train on the pairs: objective=dpo\n"
         "  To train on the chosen answers: data.columns={prompt: prompt, completion: chosen}"
     )
 

@@ -17,7 +17,7 @@ from shoestring.data import Batch, TokenRows, collate, make_rows
 from shoestring.models import use_packed_attention
 from shoestring.recipes import load_recipe
 from shoestring.recipes.errors import UserError
-from shoestring.train import objectives
+from shoestring.train import objectives, supervised
 from shoestring.train.engine import NativeEngine
 from shoestring.train.evaluation import evaluate
 from shoestring.train.objectives import LossModule, build_objective, chunked_loss, own_head_loss
@@ -121,8 +121,8 @@ def test_positions_without_a_label_never_reach_the_head(
         seen.append(len(hidden))
         return real(hidden, weight, labels, **keys)
 
-    real = objectives.cross_entropy_sum
-    monkeypatch.setattr(objectives, "cross_entropy_sum", spy)
+    real = supervised.cross_entropy_sum
+    monkeypatch.setattr(supervised, "cross_entropy_sum", spy)
     handle = model.lm_head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[-2]))
     try:
         chunked_loss(model, batch)
@@ -179,15 +179,22 @@ def load_objective(text: str) -> Any:
     return load_recipe("cpu-demo", given).recipe.objective
 
 
-def test_the_example_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def example(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write one of the page's programs into a folder and go there; the overrides of its command."""
     page = PAGE.read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    (command,) = re.findall(r"shoestring train my.yaml (objective=\S+)", page)
-    (tmp_path / "smooth.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
+    programs = re.findall(r"as a file `(\w+)\.py`.*?```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = [code for found, code in programs if found == name]
+    (command,) = re.findall(rf"shoestring train my.yaml (objective={name}:.*)", page)
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
+    return str(command).split()
+
+
+def test_the_example_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = example("smooth", tmp_path, monkeypatch)
     recipe = tiny.recipe(tmp_path, budget={"steps": 8})
-    for name, overrides in (("plain", []), ("smooth", [command])):
+    for name, overrides in (("plain", []), ("smooth", command)):
         given = [*overrides, f"output_dir={tmp_path / name}"]
         assert train_recipe(str(recipe), given, fresh=False, started=time.monotonic()) == 0
     plain, smooth = (
@@ -196,6 +203,36 @@ def test_the_example_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.Monk
     assert smooth["eval_loss_before"] == pytest.approx(plain["eval_loss_before"], rel=1e-5)  # not smoothed
     assert smooth["eval_loss"] < smooth["eval_loss_before"]
     assert smooth["train_loss"] != plain["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_reward_model_of_the_page_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    """Chosen answers hold one word, rejected ones another: rewards of held-out answers tell them apart."""
+    command = example("reward", tmp_path, monkeypatch)
+    draw = np.random.default_rng(0)
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for _ in range(120):
+            prompt, answer = (" ".join(draw.choice(tiny.WORDS, size=4)) for _ in range(2))
+            row = {"prompt": prompt, "chosen": f"{answer} five", "rejected": f"{answer} sun"}
+            file.write(json.dumps(row) + "\n")
+    recipe = tiny.recipe(
+        tmp_path,
+        data={"train": "left to the command", "eval": 0.2},
+        budget={"steps": 30},
+        train={"batch_tokens": 768},
+        eval={"samples": 0},
+    )
+    given = [*command, f"data.packing={packing}"]
+    assert train_recipe(str(recipe), given, fresh=False, started=time.monotonic()) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    measured = [event for event in events if event.get("kind") == "eval"]
+    assert measured[0]["loss"] == pytest.approx(np.log(2.0), abs=0.1)
+    assert measured[-1]["loss"] < 0.3
+    assert measured[-1]["accuracy"] > 0.9
+    assert measured[-1]["margin"] > 1.0
 
 
 def test_a_loss_without_gradient_stops_at_the_first_step(
@@ -221,6 +258,11 @@ def test_a_loss_without_gradient_stops_at_the_first_step(
         ("", "Missing", "cannot be imported"),
         ("class Half:\n    loss = print\n", "Half", "has no function collate, metrics"),
         ("import nonesuch\n", "X", "No module named 'nonesuch'"),
+        (
+            "class Odd:\n    collate = loss = metrics = print\n    per = 'batch'\n",
+            "Odd",
+            "has per='batch'; allowed: token, row",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_objective(

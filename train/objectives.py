@@ -1,30 +1,64 @@
 """What is minimised: an Objective is three functions, collate, loss and metrics.
 
 A user's own objective is `objective: module:name` in the recipe, where `name` is anything with these
-three attributes (this dataclass, a module, a class):
+attributes (this dataclass, a module, a class):
 
     collate(rows: TokenRows, indices: list[int], *, packed: bool) -> Batch
-    loss(model: nn.Module, batch: Batch) -> Tensor     # the SUM of losses over batch.labels, float32 scalar
-    metrics(loss_sum: float, trained_tokens: int) -> dict[str, float]      # must contain "loss"
+    loss(model: nn.Module, batch: Batch) -> Tensor     # the SUM of losses, float32 scalar
+                                          or (Tensor, {name: Tensor})    # and sums to measure by, detached
+    metrics(loss_sum: float, count: int, **sums: float) -> dict[str, float]      # must contain "loss"
+    per = "token" (if left out) or "row"               # what is counted: batch.labels, or batch.rows
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..data import Batch, collate
-from ..ops import cross_entropy_sum
-from ..recipes import ObjectiveConfig
+from ..recipes import DistillObjective, DpoObjective, ObjectiveConfig, SftObjective, SftThenDpoObjective
 from ..recipes.errors import UserError
+from .distill import distillation_loss, distillation_metrics
+from .dpo import Reference, preference_loss, preference_metrics, reference_kind
+from .supervised import (
+    base_model,
+    chunked_loss,
+    loss_metrics,
+    model_inputs,
+    own_head_loss,
+    supervised_loss,
+    trained_hidden,
+    trained_logits,
+)
+
+if TYPE_CHECKING:
+    from ..recipes import LoraAdapter
+    from .teacher import Teacher
+
+__all__ = [
+    "Loss",
+    "LossModule",
+    "Objective",
+    "base_model",
+    "build_objective",
+    "chunked_loss",
+    "loss_metrics",
+    "model_inputs",
+    "own_head_loss",
+    "supervised_loss",
+    "trained_hidden",
+    "trained_logits",
+]
+
+Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
+"""The sum to minimise, alone or with further sums."""
+_PER = ("token", "row")
 
 
 @dataclass(frozen=True)
@@ -32,116 +66,57 @@ class Objective:
     """Three functions; see the module's docstring."""
 
     collate: Callable[..., Batch]
-    loss: Callable[[nn.Module, Batch], Tensor]
-    metrics: Callable[[float, int], dict[str, float]]
+    loss: Callable[[nn.Module, Batch], Loss]
+    metrics: Callable[..., dict[str, float]]
+    per: Literal["token", "row"] = "token"
+    """What the summed loss of a step is divided by: its trained tokens, or its rows (a pair is one)."""
+    reference: Reference | None = None
+    """The model that training on pairs starts from; its state belongs into checkpoints."""
 
 
 class LossModule(nn.Module):
-    """The model with its loss inside, so that data parallelism wraps one forward that returns one scalar."""
+    """The model with its loss inside, so that data parallelism wraps one forward that returns the sums."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the batch's losses, float32 scalar."""
+    def forward(self, batch: Batch) -> Loss:
+        """Sum of the batch's losses, float32 scalar; with further sums where the objective has some."""
         return self.objective.loss(self.model, batch)
 
 
-def build_objective(config: ObjectiveConfig, model: nn.Module) -> Objective:
-    """The objective that a recipe names.
+def build_objective(
+    config: ObjectiveConfig,
+    model: nn.Module,
+    *,
+    adapter: LoraAdapter | None = None,
+    teacher: Teacher | None = None,
+) -> Objective:
+    """The objective that a recipe names, for a model that is ready to train.
 
-    Raises UserError when `module:name` cannot be imported or lacks one of the three functions.
+    adapter: the recipe's, which decides on dpo's reference where the recipe does not. teacher: for distill,
+    what `open_teacher` gave. The reference of dpo is not set: call `objective.reference.set(model)` when
+    training on pairs begins, or load its state.
+
+    Raises UserError when `module:name` cannot be imported or lacks one of the three functions, when the
+    reference cannot be what the recipe says, and for sft_then_dpo, which is two objectives in a row.
     """
-    if config.name == "sft":
+    if isinstance(config, SftObjective):
         return Objective(collate=collate, loss=supervised_loss(model), metrics=loss_metrics)
+    if isinstance(config, DpoObjective):
+        reference = Reference(reference_kind(config, adapter), model)
+        loss = preference_loss(model, config, reference)
+        return Objective(collate, loss, preference_metrics, per="row", reference=reference)
+    if isinstance(config, DistillObjective):
+        if teacher is None:
+            raise ValueError("distill needs a teacher: open_teacher(...)")
+        loss = distillation_loss(model, config, teacher)
+        return Objective(collate=teacher.collate, loss=loss, metrics=distillation_metrics)
+    if isinstance(config, SftThenDpoObjective):
+        raise ValueError("sft_then_dpo is two objectives, each with rows of its own: build them one by one")
     return _users_own(config.name)
-
-
-def loss_metrics(loss_sum: float, trained_tokens: int) -> dict[str, float]:
-    """Mean loss per trained token (nats) and its exponential."""
-    loss = loss_sum / max(trained_tokens, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-def supervised_loss(model: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
-    """Next-token cross entropy, summed over the trained positions only.
-
-    The output head never sees a position without a label. Where the model's head is a plain linear layer
-    the loss works chunk by chunk and the logits are never whole; a model that does more to its logits
-    (softcapping, scaling, an adapter on the head) keeps its own head and gets `logits_to_keep`. Which of
-    the two is right is not guessed from the model's name but tried once on a few tokens.
-    """
-    return chunked_loss if _head_is_plain(model) else own_head_loss
-
-
-def chunked_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss through the backbone's hidden states and a chunked linear cross entropy."""
-    base = base_model(model)
-    output = base.get_decoder()(**model_inputs(batch))
-    hidden = output.last_hidden_state.flatten(0, 1)[batch.targets]
-    head = base.get_output_embeddings()
-    return cross_entropy_sum(hidden, head.weight, batch.labels, bias=head.bias)
-
-
-def own_head_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss through the model's own head, at the trained positions only."""
-    return nn.functional.cross_entropy(trained_logits(model, batch).float(), batch.labels, reduction="sum")
-
-
-def trained_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[n, vocabulary]: the model's own logits for each of `batch.labels`, whose n positions alone it scores.
-
-    Of padded rows the head sees the positions at which any of them is trained.
-    """
-    if batch.input_ids.shape[0] == 1:
-        logits: Tensor = model(**model_inputs(batch), logits_to_keep=batch.targets).logits
-        return logits[0]
-    length = batch.input_ids.shape[1]
-    keep = torch.unique(batch.targets % length)
-    column = torch.searchsorted(keep, batch.targets % length)
-    logits = model(**model_inputs(batch), logits_to_keep=keep).logits
-    return logits[batch.targets // length, column]
-
-
-def model_inputs(batch: Batch) -> dict[str, object]:
-    """The keyword arguments with which a transformers model runs this batch."""
-    inputs: dict[str, object] = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
-    if batch.segments is not None:
-        inputs["segments"] = batch.segments
-    if batch.attention_mask is not None:
-        inputs["attention_mask"] = batch.attention_mask
-    return inputs
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper (its layers still carry the adapters)."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
-
-
-@torch.no_grad()
-def _head_is_plain(model: nn.Module) -> bool:
-    base = base_model(model)
-    head = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
-    device = head.weight.device
-    ids = torch.arange(1, 9, device=device).remainder(head.weight.shape[0]).unsqueeze(0)
-    was_training = model.training
-    model.eval()
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = head(hidden).float()
-    finally:
-        model.train(was_training)
-    return torch.allclose(logits, ours, rtol=1e-2, atol=1e-2)
 
 
 def _users_own(path: str) -> Objective:
@@ -162,4 +137,10 @@ def _users_own(path: str) -> Objective:
             f"objective: {path} has no function {', '.join(missing)}.\n"
             "  An objective is three functions: collate, loss, metrics; see shoestring.train.objectives."
         )
-    return Objective(collate=holder.collate, loss=holder.loss, metrics=holder.metrics)
+    per: Any = getattr(holder, "per", "token")
+    if per not in _PER:
+        raise UserError(
+            f"objective: {path} has per={per!r}; allowed: token, row.\n"
+            "  It says what the summed loss is divided by: the trained tokens, or the rows, of a step."
+        )
+    return Objective(collate=holder.collate, loss=holder.loss, metrics=holder.metrics, per=per)

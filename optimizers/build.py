@@ -54,9 +54,11 @@ def build_optimizer(
     Its rate is zero until `set_rate` gives one: the schedule sets it at every step. seed: of random
     projections and rounding. Raises UserError when a package that the optimizer needs is missing.
     """
+    decay = config.weight_decay or 0.0  # auto, where no plan decided
+    config = config.model_copy(update={"weight_decay": decay})
     groups = parameter_groups(
         model,
-        weight_decay=config.weight_decay,
+        weight_decay=decay,
         loraplus_lr_ratio=loraplus_lr_ratio,
         matrices=isinstance(config, _MATRICES),
         rank=getattr(config, "rank", None) if isinstance(config, _MATRICES) else None,

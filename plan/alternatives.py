@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-from ..recipes import LoraAdapter, Recipe
+from ..recipes import ApolloMini, DistillObjective, LoraAdapter, Recipe
 from ..recipes.errors import BudgetError
 from ..recipes.optimizers import AdamW8bit
 from .fit import Candidate
@@ -29,15 +29,15 @@ def refuse(grounds: Grounds) -> BudgetError:
         device_source=limits.device_source,
     )
     changes: list[Change] = []
-    texts: list[str] = []
+    texts: dict[str, str] = {}  # by key: of two optimizers the later one counts
     together: Change | None = None
     everything = grounds.recipe
     for text, section, values in _proposals(grounds):
         changes.append(_planned(text, _changed(grounds.recipe, section, values), grounds, least))
         everything = _changed(everything, section, values)
-        texts.append(text)
+        texts[text.partition("=")[0]] = text
         if len(texts) > 1 and (together is None or not together.fits):
-            together = _planned(" ".join(texts), everything, grounds, least)
+            together = _planned(" ".join(texts.values()), everything, grounds, least)
     return does_not_fit(shortage, changes, together)
 
 
@@ -76,11 +76,22 @@ def _proposals(grounds: Grounds) -> Iterator[tuple[str, str | None, dict[str, An
             max_grad_norm=recipe.optimizer.max_grad_norm,
         )
         yield "optimizer=adamw_8bit", None, {"optimizer": optimizer}
+    if recipe.optimizer.name == "adamw" and recipe.adapter is None:
+        # A rate given for AdamW suits it too: optimizers/rates.py.
+        mini = ApolloMini(
+            learning_rate=recipe.optimizer.learning_rate,
+            weight_decay=recipe.optimizer.weight_decay,
+            max_grad_norm=recipe.optimizer.max_grad_norm,
+        )
+        yield "optimizer=apollo_mini", None, {"optimizer": mini}
+    objective = recipe.objective
+    if isinstance(objective, DistillObjective) and objective.teacher_logits == "online" and objective.top_k:
+        yield "objective.teacher_logits=stored", "objective", {"teacher_logits": "stored"}
     if recipe.adapter is None:
         yield "adapter=lora", None, {"adapter": LoraAdapter()}
     elif not recipe.model.load_in_4bit and quantised:
         yield "model.load_in_4bit=true", "model", {"load_in_4bit": True}
-    half = grounds.layout.longest // 2
+    half = grounds.layout.max_length // 2
     if half >= _SHORTEST:
         yield f"data.max_length={half}", "data", {"max_length": half}
 

@@ -19,7 +19,10 @@ StepOf = Callable[[int], StepTime]
 
 @dataclass(frozen=True)
 class Spending:
-    """How the budget is spent. steps and tokens: what fits; evals: measurements between start and end."""
+    """How the budget is spent. steps and tokens: what fits; evals: measurements between start and end.
+
+    bound_by: the limit that ends the run, budget.time, .cost, .energy, .tokens, .steps or .epochs.
+    """
 
     step: StepTime
     batch_reason: str
@@ -29,9 +32,18 @@ class Spending:
     bound_by: str
 
 
-def deadline_of(limits: Limits) -> float:
-    """Seconds that time and cost leave, inf when neither is limited."""
-    return min(limits.seconds or inf, limits.cost_seconds or inf)
+def deadline_of(limits: Limits, watts: float) -> tuple[float, str]:
+    """Seconds that time, cost and energy leave, inf where none is limited, and which of them is the least.
+
+    watts: a guess, since nothing has been measured under load; the run goes by what it measures.
+    """
+    allowed = {
+        "budget.time": limits.seconds or inf,
+        "budget.cost": limits.cost_seconds or inf,
+        "budget.energy": inf if limits.joules is None else limits.joules / watts,
+    }
+    name = min(allowed, key=lambda key: allowed[key])
+    return allowed[name], name
 
 
 def token_limit(limits: Limits, data: DataFacts) -> tuple[float, str]:
@@ -74,7 +86,7 @@ def choose_batch(
         # The tokens are ours to choose: the batch for which the rule and the number of steps agree.
         tokens = min(tokens, defaults.BATCH_PER_ROOT_TOKEN**2 * steps_limit * steps_limit)
     batch = defaults.batch_tokens_for(tokens)
-    reason = f"grows as the root of the tokens that the budget buys ({_short(tokens)})"
+    reason = f"grows as the root of the tokens that the budget buys ({short(tokens)})"
     # With counted limits only, nothing measured may decide: the run must repeat to the bit.
     timed = deadline < inf
     least = update_seconds * (1 / defaults.MAX_OPTIMIZER_SHARE - 1) / seconds_per_token
@@ -99,39 +111,48 @@ def spend(
     limits: Limits,
     fixed: Fixed,
     *,
+    watts: float,
     elapsed: float,
     batch_for: Callable[[float], tuple[int, str]],
     step_of: StepOf,
     seconds_per_token: float,
+    share: float = 1.0,
 ) -> Spending:
     """Divide the budget. `batch_for(tokens)` chooses the batch, `step_of(batch)` times a step of it.
 
+    share: of the training, for a stage that is not all of it. The rest of it is on the time line as "other
+    stage", taken to be as quick as this one where the budget is counted.
+
     BudgetError: time or cost does not cover start, one step and landing.
     """
-    deadline = deadline_of(limits)
+    deadline, by_time_name = deadline_of(limits, watts)
     allowed, bound_by = token_limit(limits, data)
+    allowed *= share
+    steps_allowed = inf if limits.steps is None else max(1.0, limits.steps * share)
     evals = saves = 0
-    steps: float = limits.steps or inf
+    steps: float
     spending: Spending | None = None
     # How often it is evaluated depends on the steps, these on the time that evaluations leave: settle in
     # turns.
     for _ in range(3):
         outside = overhead(fixed, elapsed=elapsed, evals=evals, saves=saves)
-        left = deadline - sum(outside.values())
+        left = share * (deadline - sum(outside.values()))
         affordable = left / seconds_per_token if left > 0 else 0.0
         batch, reason = batch_for(min(allowed, affordable))
         step = step_of(batch)
         if left < step.seconds:
             if evals + saves == 0:
-                raise too_short(limits, outside, step)
+                raise too_short(recipe, limits, watts, outside, step)
             evals, saves = evals // 2, saves // 2
             continue
         by_time = left / step.seconds
         by_tokens = max(1.0, allowed / batch)
-        steps = min(by_time, by_tokens, limits.steps or inf)
-        name = "time" if steps == by_time else "budget.steps" if steps == limits.steps else bound_by
+        steps = min(by_time, by_tokens, steps_allowed)
+        name = by_time_name if steps == by_time else "budget.steps" if steps == steps_allowed else bound_by
         steps = max(1, floor(steps))
         parts = {**outside, "training": steps * step.seconds}
+        if share < 1.0:
+            parts["other stage"] = parts["training"] * (1.0 - share) / share
         timeline = Timeline(parts, int(steps), int(min(steps * batch, allowed)))
         spending = Spending(step, reason, timeline, evals, saves, name)
         evals = occasions(recipe.eval.every, seconds=timeline.total, steps=steps)
@@ -140,17 +161,25 @@ def spend(
     return spending
 
 
-def too_short(limits: Limits, outside: dict[str, float], step: StepTime) -> BudgetError:
+def too_short(
+    recipe: Recipe, limits: Limits, watts: float, outside: dict[str, float], step: StepTime
+) -> BudgetError:
     """The refusal of a budget that does not cover start, one step and landing."""
     needed = sum(outside.values()) + 20 * step.seconds
     start = outside["start"] + outside["load"]
     rows = []
-    if limits.cost_seconds is not None and limits.cost_seconds <= (limits.seconds or inf):
+    deadline, name = deadline_of(limits, watts)
+    if name == "budget.energy":
+        rows.append(
+            (name, f"{(limits.joules or 0.0) / 3.6e6:g} kWh lasts {deadline:.0f} s at {watts:.0f} W, a guess")
+        )
+        fix = f"budget.energy={ceil(needed * watts / 1e3)}kJ"
+    elif name == "budget.cost":
         price = limits.price_per_hour or 0.0
-        rows.append(("budget.cost", f"{limits.cost:g} buys {limits.cost_seconds:.0f} s at {price:g}/h"))
-        fix = f"budget.cost={needed / 3600 * price:.2g}"
+        rows.append(("budget.cost", f"{limits.cost:g} buys {deadline:.0f} s at {price:g}/h"))
+        fix = f'budget.cost="{needed / 3600 * price:.2g} {currency(recipe)}"'
     else:
-        rows.append(("budget.time", f"{limits.seconds:.0f} s is too short for this run on this machine"))
+        rows.append(("budget.time", f"{deadline:.0f} s is too short for this run on this machine"))
         fix = f"budget.time={ceil(needed / 10) * 10}s"
     rows.append(
         (
@@ -164,12 +193,18 @@ def too_short(limits: Limits, outside: dict[str, float], step: StepTime) -> Budg
     return BudgetError(in_columns(rows))
 
 
+def currency(recipe: Recipe) -> str:
+    """The currency of the recipe's price."""
+    return "" if recipe.budget.price is None else recipe.budget.price.currency
+
+
 def _round(tokens: int) -> int:
     """To a multiple of 64 above 256, so that the figure reads like a choice and not like a measurement."""
     return tokens if tokens < 256 else tokens // 64 * 64
 
 
-def _short(tokens: float) -> str:
+def short(tokens: float) -> str:
+    """1.23M, 45.6k or 789."""
     return (
         f"{tokens / 1e6:.3g}M"
         if tokens >= 1e6

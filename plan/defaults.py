@@ -57,8 +57,18 @@ MEASURE_SECONDS = 2.0
 
 # --- the rest of the budget
 
+# Watts of a GPU, and of a CPU package: what an energy budget is taken to last until it is measured. Ours.
+WATTS_CUDA = 300.0
+WATTS_CPU = 80.0
+# All evaluations together, of a limited time. Less of a short one, which start, load, save and export leave
+# little of: the mean over fewer rows is nearly as good.
 EVAL_SHARE = 0.10
+SHORT_EVAL_SHARE = 0.06
+SHORT_SECONDS = 600.0
 DEFAULT_MAX_LENGTH = 2048
+# Peak rate on pairs over that of supervised fine-tuning. Ours, after common practice: the sum of a whole
+# answer's log-probabilities moves far with a small step, and the reference holds it back only slowly.
+DPO_RATE = 0.1
 LOAD_SECONDS = 2.0
 LOAD_BYTES_PER_SECOND = 0.4e9
 SAVE_SECONDS = 0.3
@@ -82,7 +92,7 @@ def batch_tokens_for(tokens_in_budget: float) -> int:
 
 
 def learning_rate_for(
-    *, adapter: bool, optimizer: str, parameters: int, batch_tokens: int, steps: int
+    *, adapter: bool, optimizer: str, parameters: int, batch_tokens: int, steps: int, pairs: bool = False
 ) -> float:
     """Peak learning rate, to two digits.
 
@@ -92,9 +102,11 @@ def learning_rate_for(
     1e-4. Batch: a weak growth, the fourth root, between 1 at 2,048 tokens and 2; AdamW wants sqrt at most
     (arXiv:2205.10287), and a fine-tune is far from the noise limit. Few steps: up to half as much again,
     there is less time to travel. All that is AdamW's; other optimizers take a multiple (`rate_over_adamw`).
+    Pairs: DPO_RATE of it.
     """
     size = 135e6 / max(parameters, 1)
     rate = 1e-3 * min(size, 4.0) ** 0.25 if adapter else min(max(1e-4 * size**0.4, 2e-5), 1e-4)
     rate *= min(max(batch_tokens / 2048, 1.0) ** 0.25, 2.0)
     rate *= min(max((300 / max(steps, 1)) ** 0.25, 1.0), 1.5)
+    rate *= DPO_RATE if pairs else 1.0
     return float(f"{rate * rate_over_adamw(optimizer):.1e}")

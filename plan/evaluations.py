@@ -30,7 +30,8 @@ class EvalRows:
 def choose_eval_rows(
     recipe: Recipe, data: DataFacts, *, expected_seconds: float, seconds_per_token: float
 ) -> EvalRows:
-    """All held-out rows, unless evaluations would take more than EVAL_SHARE of a limited time.
+    """All held-out rows, unless evaluations would take more than EVAL_SHARE of a limited time (of a short one
+    SHORT_EVAL_SHARE).
 
     `expected_seconds` is inf where neither time nor cost is limited: then all rows are measured, because what
     is measured must not depend on the speed of the moment.
@@ -43,7 +44,9 @@ def choose_eval_rows(
     given = recipe.eval.rows
     between = rows if given is None else min(given, rows)
     times = occasions(recipe.eval.every, seconds=expected_seconds, steps=recipe.budget.steps or _STEPS_GUESS)
-    allowed = defaults.EVAL_SHARE * expected_seconds
+    short = expected_seconds < defaults.SHORT_SECONDS
+    share = defaults.SHORT_EVAL_SHARE if short else defaults.EVAL_SHARE
+    allowed = share * expected_seconds
     wanted = (2 * rows + times * between) * one
     reason = "all held-out rows" if given is None else f"eval.rows={given} between the ends"
     ends = rows
@@ -53,6 +56,6 @@ def choose_eval_rows(
         between = max(min(least, between), min(between, ends))
         reason = (
             f"{ends} of {rows} held-out rows: all would take {wanted / expected_seconds:.0%} of the run, "
-            f"more than {defaults.EVAL_SHARE:.0%}"
+            f"more than {share:.0%}"
         )
     return EvalRows(ends, between, ends * one, between * one, reason)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import defaults
-from .measurement import Measurement
 from .memory import Footprint, Sizes, footprint
+from .objectives import Work
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,14 @@ class Candidate:
     seconds_per_token: float
 
 
-Measure = Callable[[bool], Measurement]
+WorkOf = Callable[[bool], Work]
 
 
 def candidates(
     *,
     device: str,
-    layers: int,
     sizes: Sizes,
-    measure: Measure,
+    work_of: WorkOf,
     micro_tokens: Sequence[int],
     longest: int,
     checkpointing: bool,
@@ -58,14 +57,14 @@ def candidates(
     A row longer than the micro-batch is one of its own, so the worst micro-batch has at least `longest`
     tokens. `always_whole`: the micro-batch is given in rows, its worst is what `micro_tokens` says.
     """
-    measured = measure(checkpointing)
+    work = work_of(checkpointing)
     found = []
     for micro in micro_tokens:
         worst = micro if always_whole else max(micro, longest)
         targets = int(worst * dense_share(worst))
-        activations, logits = measured.activation_bytes(layers, worst, targets)
-        needed = footprint(device, sizes, activations, logits)
-        seconds = measured.micro_seconds(layers, micro, micro * trained_share) / micro
+        activations, logits = work.memory(worst, targets)
+        needed = footprint(device, sizes, activations, logits, work.teacher_memory(worst))
+        seconds = work.train_seconds(micro, micro * trained_share) / micro
         found.append(Candidate(micro, worst, checkpointing, needed, seconds))
     return found
 

@@ -20,6 +20,7 @@ from .layout import Layout, choose_layout
 from .machine import Machine
 from .measurement import Measurement, Setting
 from .memory import Sizes
+from .objectives import Extra, Work, extra_of
 from .precision import Precision, choose_precision
 from .sizes import count_sizes
 from .trained import Trained, find_trained
@@ -29,7 +30,10 @@ MeasureCopy = Callable[[Recipe, ModelFacts, torch.device, Setting], Measurement]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What does not change when the recipe does. libraries: bytes resident before the model is loaded."""
+    """What does not change when the recipe does. libraries: bytes resident before the model is loaded.
+
+    teacher: facts of the model that `objective: distill` names.
+    """
 
     machine: Machine
     facts: ModelFacts
@@ -39,6 +43,7 @@ class Surroundings:
     limits: MemoryLimits
     measure: MeasureCopy
     can_pack: bool
+    teacher: ModelFacts | None = None
 
 
 class Grounds:
@@ -55,7 +60,7 @@ class Grounds:
         self.layout: Layout = choose_layout(
             recipe, around.data, max_positions=around.facts.max_positions, can_pack=around.can_pack
         )
-        self.data = around.data.clipped(self.layout.longest)
+        self.data = around.data.clipped(self.layout.max_length)
         self.device = torch.device(around.machine.device)
         self._measured: dict[bool, Measurement] = {}
 
@@ -73,8 +78,22 @@ class Grounds:
     def sizes(self) -> Sizes:
         """Bytes that do not depend on the batch."""
         return count_sizes(
-            self.recipe, self.around.facts, self.trained, self.precision, libraries=self.around.libraries
+            self.recipe,
+            self.around.facts,
+            self.trained,
+            self.precision,
+            libraries=self.around.libraries,
+            extra=self.extra,
         )
+
+    @cached_property
+    def extra(self) -> Extra:
+        """What the objective adds to supervised fine-tuning."""
+        return extra_of(self.recipe, self.around.facts, self.around.teacher, self.precision.dtype.itemsize)
+
+    def work(self, checkpointing: bool) -> Work:
+        """Seconds and bytes of a micro-batch, by the measurement."""
+        return Work(self.measured(checkpointing), self.around.facts.layers, self.extra)
 
     def measured(self, checkpointing: bool) -> Measurement:
         """The measurement with or without activation checkpointing; made once."""
@@ -93,6 +112,31 @@ class Grounds:
         return self._measured[checkpointing]
 
     @property
+    def watts(self) -> float:
+        """What the processors of this run are taken to draw."""
+        one = (
+            defaults.WATTS_CPU if self.device.type == "cpu" else defaults.WATTS_CUDA * self.around.world_size
+        )
+        return one
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Tokens that a teacher sees before training: all rows once; 0 where it runs in the steps."""
+        teacher = self.extra.teacher
+        if teacher is None or not teacher.stored:
+            return 0
+        return int(self.data.lengths.sum()) + self.data.eval_tokens
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on disk of what the teacher said in that pass, at the trained positions of all rows."""
+        teacher = self.extra.teacher
+        if teacher is None or not teacher.stored:
+            return 0
+        targets = int(self.data.trained.sum()) + int(self.data.eval_trained.sum())
+        return targets * teacher.bytes_per_target
+
+    @property
     def micro_rows(self) -> int | None:
         """Rows of a micro-batch where the recipe says so."""
         return self.recipe.train.per_device_train_batch_size
@@ -103,11 +147,10 @@ class Grounds:
         auto = self._micro_sizes() if micro_tokens is None else [micro_tokens]
         return candidates(
             device=self.around.machine.device,
-            layers=self.around.facts.layers,
             sizes=self.sizes,
-            measure=self.measured,
+            work_of=self.work,
             micro_tokens=[self._worst_of_rows()] if fixed else auto,
-            longest=self.layout.longest,
+            longest=self.data.longest if self.layout.packed else self.data.padded_row,
             checkpointing=checkpointing,
             trained_share=self.data.trained_share,
             dense_share=self.data.dense_share,
@@ -138,7 +181,7 @@ class Grounds:
         rows = self.micro_rows or 1
         if self.layout.packed:
             return int(np.sort(self.data.lengths)[-rows:].sum())
-        return rows * self.layout.longest
+        return rows * self.data.padded_row
 
     def _micro_sizes(self) -> list[int]:
         train = self.recipe.train

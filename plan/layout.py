@@ -13,17 +13,12 @@ from .facts import DataFacts
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become sequences. longest: tokens of the longest row after cutting at max_length."""
+    """How rows become sequences. max_length: tokens of the longest sequence, after cutting."""
 
     packed: bool
     packed_reason: str
     max_length: int
     max_length_reason: str
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row that training sees."""
-        return self.max_length
 
 
 def choose_layout(recipe: Recipe, data: DataFacts, *, max_positions: int, can_pack: bool) -> Layout:
@@ -37,7 +32,7 @@ def choose_layout(recipe: Recipe, data: DataFacts, *, max_positions: int, can_pa
         )
     packed, packed_reason = _packing(recipe, data, can_pack)
     given = recipe.data.max_length
-    longest = data.longest
+    longest = data.longest_sequence
     if given is not None and given < longest:
         count = data.longer_than(given)
         return Layout(packed, packed_reason, given, f"data.max_length={given}: {count} rows are longer")
@@ -64,7 +59,7 @@ def _packing(recipe: Recipe, data: DataFacts, can_pack: bool) -> tuple[bool, str
         return False, "data.packing=false"
     if not possible:
         return False, "rows cannot share a sequence here, so rows of like length share a padded batch"
-    waste = padding_share(data.lengths, 8)
+    waste = padding_share(data.sequences, 8)
     return True, f"no padding; padded batches of 8 random rows would be {waste:.0%} padding"
 
 

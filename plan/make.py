@@ -15,11 +15,13 @@ from .fit import Candidate
 from .fit import Limits as MemoryLimits
 from .grounds import Grounds, MeasureCopy, Surroundings
 from .machine import Machine
+from .objectives import teacher_facts
 from .plan import Plan
-from .reasons import explain
+from .reasons import Decisions, explain
 from .refusal import disk_too_small
+from .repetition import repeats_of, weight_decay_for
 from .seconds import Fixed, StepTime, fixed_seconds, optimizer_seconds, step_time
-from .sizes import measures_first, resident_bytes
+from .sizes import checkpoint_bytes, measures_first, resident_bytes
 
 
 def make_plan(
@@ -33,16 +35,22 @@ def make_plan(
     measure: MeasureCopy | None = None,
     libraries: int | None = None,
     can_pack: bool | None = None,
+    share: float = 1.0,
 ) -> Plan:
     """Decide everything that can be decided before a step is made.
 
+    share: of the budget's training, in (0, 1], for a stage of a run that has several; its recipe names its
+    own objective and `data` holds its own rows. Evaluations, saves and export are planned as for the whole.
     elapsed: seconds since the process started. measure, libraries and can_pack replace the short measurement,
     the resident bytes before the model is loaded, and the trial of packing (tests give them).
 
     Raises:
+        ValueError: a share outside (0, 1], or sft_then_dpo, whose stages are planned one by one.
         BudgetError: it fits no memory, disk or time budget; with the parts and the cheapest changes.
-        UserError: no rows, or packing asked for where it is impossible.
+        UserError: no rows, a teacher that cannot be used, or packing asked for where it is impossible.
     """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share is {share}, and must be above 0 and at most 1")
     if measure is None:
         from .measure import measure as measure_copy
 
@@ -57,11 +65,12 @@ def make_plan(
         limits=memory_limits(recipe, machine, world_size=world_size, libraries=libraries),
         measure=measure,
         can_pack=supports_packing(facts) if can_pack is None else can_pack,
+        teacher=teacher_facts(recipe),
     )
     grounds, chosen = _fit_memory(recipe, around)
     limits = Limits.from_recipe(recipe.budget)
     limits.check(energy_measured=machine.watts_source is not None)
-    return _fill(recipe, grounds, chosen, limits, elapsed)
+    return _fill(recipe, grounds, chosen, limits, elapsed, share)
 
 
 def memory_limits(recipe: Recipe, machine: Machine, *, world_size: int, libraries: int) -> MemoryLimits:
@@ -85,7 +94,7 @@ def _fit_memory(recipe: Recipe, around: Surroundings) -> tuple[Grounds, Candidat
     if chosen is not None:
         return grounds, chosen
     if recipe.data.max_length is None:
-        length = grounds.layout.longest // 2
+        length = grounds.layout.max_length // 2
         while length >= defaults.DEFAULT_MAX_LENGTH:
             shorter = Grounds(recipe, around, max_length=length)
             chosen = shorter.pick()
@@ -95,24 +104,30 @@ def _fit_memory(recipe: Recipe, around: Surroundings) -> tuple[Grounds, Candidat
     raise refuse(grounds)
 
 
-def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, elapsed: float) -> Plan:
+def _fill(
+    recipe: Recipe,
+    grounds: Grounds,
+    chosen: Candidate,
+    limits: Limits,
+    elapsed: float,
+    share: float,
+) -> Plan:
     around, data, sizes = grounds.around, grounds.data, grounds.sizes
     machine, facts, world_size = around.machine, around.facts, around.world_size
-    measured = grounds.measured(chosen.checkpointing)
+    work = grounds.work(chosen.checkpointing)
     rates = machine.rates
     update = optimizer_seconds(sizes, rates)
     passes = 2 if measures_first(recipe) else 1
     per_token = passes * chosen.seconds_per_token / world_size
-    share = data.trained_share
+    trained_share = data.trained_share
 
     def step_of(batch: int) -> StepTime:
         return step_time(
-            measured,
-            facts.layers,
+            work,
             micro_tokens=chosen.micro_tokens,
             batch_tokens=batch,
             world_size=world_size,
-            trained_share=share,
+            trained_share=trained_share,
             update_seconds=update,
             passes=passes,
         )
@@ -122,18 +137,19 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
             recipe,
             data,
             tokens=tokens,
-            steps_limit=limits.steps,
+            steps_limit=None if limits.steps is None else max(1, int(limits.steps * share)),
             seconds_per_token=per_token,
             update_seconds=update,
-            deadline=deadline_of(limits),
+            deadline=share * deadline,
             world_size=world_size,
             micro_tokens=chosen.micro_tokens,
             micro_rows=grounds.micro_rows,
         )
 
+    deadline, _ = deadline_of(limits, grounds.watts)
     micro = chosen.micro_tokens
-    eval_token = measured.eval_seconds(facts.layers, micro, micro * share) / micro / world_size
-    rows = choose_eval_rows(recipe, data, expected_seconds=deadline_of(limits), seconds_per_token=eval_token)
+    eval_token = work.eval_seconds(micro, micro * trained_share) / micro / world_size
+    rows = choose_eval_rows(recipe, data, expected_seconds=deadline, seconds_per_token=eval_token)
     fixed = fixed_seconds(
         sizes=sizes,
         rates=rates,
@@ -142,16 +158,19 @@ def _fill(recipe: Recipe, grounds: Grounds, chosen: Candidate, limits: Limits, e
         eval_between_seconds=rows.between_seconds,
         samples=recipe.eval.samples,
         max_new_tokens=recipe.eval.max_new_tokens,
+        teacher_seconds=grounds.teacher_tokens * work.teacher_seconds(micro, micro * trained_share) / micro,
     )
     spending = spend(
         recipe,
         data,
         limits,
         fixed,
+        watts=grounds.watts,
         elapsed=elapsed,
         batch_for=batch_for,
         step_of=step_of,
         seconds_per_token=per_token,
+        share=share,
     )
     return _write(recipe, grounds, chosen, limits, rows, fixed, spending, update)
 
@@ -183,11 +202,22 @@ def _write(
             parameters=facts.parameters,
             batch_tokens=step.tokens,
             steps=spending.timeline.steps,
+            pairs=recipe.objective.name == "dpo",
         )
-    checkpoint = 2 * sizes.trained + sizes.optimizer
+    repeats = repeats_of(data, spending.timeline.tokens)
+    decay = recipe.optimizer.weight_decay
+    if decay is None:
+        decay = weight_decay_for(
+            repeats.epochs,
+            adapter=recipe.adapter is not None,
+            optimizer=recipe.optimizer.name,
+            rate=rate,
+            steps=spending.timeline.steps,
+        )
+    checkpoint = checkpoint_bytes(sizes)
     final = sizes.merged + sizes.adapter
     kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
-    _check_disk(recipe, machine, checkpoint=checkpoint, kept=kept, final=final)
+    _check_disk(recipe, machine, checkpoint=checkpoint, kept=kept, final=final, stored=grounds.stored_bytes)
     finish = spending.timeline.total
     price = limits.price_per_hour
     memory = {
@@ -209,7 +239,7 @@ def _write(
         autocast=grounds.precision.autocast,
         packed=grounds.layout.packed,
         max_length=grounds.layout.max_length,
-        longest_row=int(data.longest),
+        longest_row=around.data.longest_sequence,
         micro_tokens=chosen.micro_tokens,
         micro_rows=micro_rows,
         batch_tokens=step.tokens,
@@ -232,11 +262,12 @@ def _write(
         bound_by=spending.bound_by,
         cost=None if price is None else finish / 3600 * price,
         currency=None if recipe.budget.price is None else recipe.budget.price.currency,
-        disk_bytes=(spending.saves + 1) * checkpoint + final,
+        disk_bytes=(spending.saves + 1) * checkpoint + final + grounds.stored_bytes,
         memory=memory,
         memory_limits={"host": around.limits.host, "device": around.limits.device},
         phases=chosen.footprint.phases,
-        reasons=explain(recipe, grounds, chosen, spending, rows),
+        reasons=explain(recipe, grounds, chosen, spending, rows, Decisions(limits, repeats, fixed)),
+        weight_decay=decay,
     )
 
 
@@ -247,10 +278,18 @@ def _batch_rows(recipe: Recipe, data: DataFacts, world_size: int) -> int | None:
     return min(rows * (recipe.train.gradient_accumulation_steps or 1) * world_size, data.rows)
 
 
-def _check_disk(recipe: Recipe, machine: Machine, *, checkpoint: int, kept: int, final: int) -> None:
+def _check_disk(
+    recipe: Recipe, machine: Machine, *, checkpoint: int, kept: int, final: int, stored: int
+) -> None:
     free = min(int(recipe.budget.disk or machine.disk_bytes), machine.disk_bytes)
-    needed = kept * checkpoint + final
+    needed = kept * checkpoint + final + stored
     if needed > free:
         raise disk_too_small(
-            needed, free, checkpoint=checkpoint, kept=kept, final=final, folder=machine.output_dir
+            needed,
+            free,
+            checkpoint=checkpoint,
+            kept=kept,
+            final=final,
+            stored=stored,
+            folder=machine.output_dir,
         )

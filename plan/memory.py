@@ -29,6 +29,8 @@ class Sizes:
     largest: the largest tensor of the base. update: what a step of the optimizer moves and multiplies.
     libraries: resident memory of this process before anything of the model is loaded.
     merged: the model that the export writes and loads again to compare (0 where it exports an adapter).
+    reference: a frozen copy of the trained weights. teacher: the weights of a second model, which with
+    teacher_first is there before training only.
     """
 
     weights: int
@@ -41,11 +43,14 @@ class Sizes:
     largest: int
     libraries: int
     merged: int
+    reference: int = 0
+    teacher: int = 0
+    teacher_first: bool = False
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Predicted peaks. device is empty on a CPU. phases: totals on the tier that computes."""
+    """Predicted peaks by part. device is empty on a CPU. phases: totals on the tier that computes."""
 
     device: Parts
     host: Parts
@@ -62,8 +67,14 @@ class Footprint:
         return sum(self.host.values())
 
 
-def footprint(device: str, sizes: Sizes, activations: int, logits: int) -> Footprint:
-    """Peaks of a run on `device` ("cpu" or "cuda") whose longest batch needs `activations` + `logits`."""
+def footprint(
+    device: str, sizes: Sizes, activations: int, logits: int, teacher_activations: int = 0
+) -> Footprint:
+    """Peaks of a run on `device` ("cpu" or "cuda") whose longest batch needs `activations` + `logits`.
+
+    teacher_activations: of a teacher that runs before training.
+    """
+    beside = _beside(sizes)
     load: Parts = {"weights": sizes.weights, "loading": LOAD_BUFFER_BYTES}
     if sizes.unquantised != sizes.weights:
         # The unquantised weights are read whole before bitsandbytes packs them.
@@ -74,32 +85,62 @@ def footprint(device: str, sizes: Sizes, activations: int, logits: int) -> Footp
         "optimizer": sizes.optimizer,
         "activations": activations,
         "logits": logits,
+        **beside,
     }
     # The optimizer's state still lives; the merged model is held once and loaded once more to be compared.
     export: Parts = {
         "weights": max(sizes.weights, sizes.merged) + sizes.adapter,
         "optimizer": sizes.optimizer,
         "exported copy": sizes.merged,
+        **beside,
     }
+    first: dict[str, Parts] = {}
+    if sizes.teacher_first:
+        first["teacher"] = {
+            "weights": sizes.weights + sizes.adapter,
+            "teacher": sizes.teacher,
+            "activations": teacher_activations,
+        }
     if device == "cpu":
-        phases = {"load": load, "train": train, "export": export}
+        phases = {"load": load, **first, "train": train, "export": export}
         for parts in phases.values():
             parts["libraries"] = sizes.libraries
         quantised = sizes.unquantised != sizes.weights
         share = HOST_SLACK_SHARE_4BIT if quantised else HOST_SLACK_SHARE
         train["other"] = int(HOST_SLACK_BYTES + share * (activations + logits))
         load["other"] = export["other"] = HOST_SLACK_BYTES
+        for parts in first.values():
+            parts["other"] = int(HOST_SLACK_BYTES + share * teacher_activations)
         peak = max(phases.values(), key=lambda parts: sum(parts.values()))
         return Footprint({}, peak, {name: sum(parts.values()) for name, parts in phases.items()})
 
     train["other"] = int(CUDA_CONTEXT_BYTES + 0.05 * (activations + logits))
-    merging = {"weights": sizes.weights + sizes.adapter, "merged": sizes.merged, "other": CUDA_CONTEXT_BYTES}
-    phases = {"load": {"weights": sizes.weights, "loading": sizes.largest}, "train": train, "export": merging}
+    merging = {
+        "weights": sizes.weights + sizes.adapter,
+        "merged": sizes.merged,
+        **beside,
+        "other": CUDA_CONTEXT_BYTES,
+    }
+    for parts in first.values():
+        parts["other"] = int(CUDA_CONTEXT_BYTES + 0.05 * teacher_activations)
+    loading = {"weights": sizes.weights, "loading": sizes.largest}
+    phases = {"load": loading, **first, "train": train, "export": merging}
     peak = max(phases.values(), key=lambda parts: sum(parts.values()))
     host = {
         "libraries": sizes.libraries,
         # A checkpoint goes through host memory; the exported copy is compared there.
-        "copies": max(sizes.adapter + sizes.optimizer, 2 * sizes.merged, sizes.unquantised),
+        "copies": max(
+            sizes.adapter + sizes.optimizer + sizes.reference,
+            2 * sizes.merged,
+            sizes.unquantised,
+            sizes.teacher,
+        ),
         "other": HOST_SLACK_BYTES,
     }
     return Footprint(peak, host, {name: sum(parts.values()) for name, parts in phases.items()})
+
+
+def _beside(sizes: Sizes) -> Parts:
+    """What the objective holds from the start of training to the end of the process."""
+    parts = {"reference": sizes.reference, "teacher": 0 if sizes.teacher_first else sizes.teacher}
+    return {name: size for name, size in parts.items() if size}

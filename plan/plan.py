@@ -13,7 +13,8 @@ class Plan:
 
     memory: {"device": {part: bytes, ..., "total"}, "host": {...}}; device is empty on a CPU. phases: totals
     of load, train, export on the tier that computes. timeline: seconds by kind. eval_rows: at the start and
-    the end, eval_rows_between: in between. reasons: key -> one line.
+    the end, eval_rows_between: in between. max_length, longest_row: tokens of the longest sequence after and
+    before cutting. weight_decay: for the optimizer, in place of auto. reasons: key -> one line.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     memory_limits: dict[str, int]
     phases: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
+    weight_decay: float = 0.0
 
     @property
     def predicted_device_bytes(self) -> int | None:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..recipes import Recipe
+from ..schedules.limits import Limits
+from . import defaults, worth
 from .budget import Spending
 from .evaluations import EvalRows
 from .fit import Candidate
 from .grounds import Grounds
 from .refusal import gigabytes
+from .repetition import Repeats
+from .seconds import Fixed
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What else was decided or measured on the way."""
+
+    limits: Limits
+    repeats: Repeats
+    fixed: Fixed
 
 
 def explain(
-    recipe: Recipe, grounds: Grounds, chosen: Candidate, spending: Spending, rows: EvalRows
+    recipe: Recipe,
+    grounds: Grounds,
+    chosen: Candidate,
+    spending: Spending,
+    rows: EvalRows,
+    decisions: Decisions,
 ) -> dict[str, str]:
-    """Key of the plan -> reason."""
+    """Key of the plan -> reason. filter, sources and objective only where there is something to say."""
     limits = grounds.around.limits
     on_device = bool(chosen.footprint.device)
     needed = chosen.footprint.device_total if on_device else chosen.footprint.host_total
@@ -52,5 +72,30 @@ def explain(
             f"{what} of {grounds.around.facts.parameters / 1e6:.0f}M parameters, batches of "
             f"{spending.step.tokens} tokens, {steps} steps"
         )
-    reasons["finish"] = f"ends by {spending.bound_by}"
+        if recipe.objective.name == "dpo":
+            reasons["learning_rate"] += f"; on pairs {defaults.DPO_RATE:g} of that"
+    reasons |= _worth(recipe, grounds, chosen, spending, decisions)
+    guess = f" ({grounds.watts:.0f} W is a guess)" if spending.bound_by == "budget.energy" else ""
+    reasons["finish"] = f"ends by {spending.bound_by}{guess}"
     return reasons
+
+
+def _worth(
+    recipe: Recipe, grounds: Grounds, chosen: Candidate, spending: Spending, decisions: Decisions
+) -> dict[str, str]:
+    """Where the budget pays."""
+    micro, repeats = chosen.micro_tokens, decisions.repeats
+    lines = {
+        "epochs": worth.epochs_line(recipe, repeats, decisions.limits, spending),
+        "weight_decay": worth.decay_line(recipe, repeats),
+        "filter": worth.filter_line(repeats),
+        "sources": worth.sources_line(recipe, repeats),
+        "objective": worth.objective_line(
+            grounds.work(chosen.checkpointing),
+            reference=grounds.sizes.reference,
+            tokens=micro,
+            targets=micro * grounds.data.trained_share,
+            stored=worth.Stored(grounds.teacher_tokens, decisions.fixed.teacher, grounds.stored_bytes),
+        ),
+    }
+    return {key: line for key, line in lines.items() if line is not None}

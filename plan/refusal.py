@@ -69,20 +69,23 @@ def does_not_fit(shortage: Shortage, changes: Sequence[Change], together: Change
 
 
 def disk_too_small(
-    needed: int, free: int, *, checkpoint: int, kept: int, final: int, folder: str
+    needed: int, free: int, *, checkpoint: int, kept: int, final: int, stored: int, folder: str
 ) -> BudgetError:
-    """The refusal of a run whose files do not fit the disk."""
+    """The refusal of a run whose files do not fit the disk. stored: logits of a teacher."""
+    logits = f", the teacher's logits {gigabytes(stored)}" if stored else ""
+    fewer = "a smaller objective.top_k, " if stored else ""
     return BudgetError(
         in_columns(
             [
                 (
                     "does not fit",
                     f"needs {gigabytes(needed)} of {gigabytes(free)} disk at {folder}: {kept} checkpoints of "
-                    f"{gigabytes(checkpoint)}, final model {gigabytes(final)}",
+                    f"{gigabytes(checkpoint)}, final model {gigabytes(final)}{logits}",
                 ),
                 (
                     "",
-                    "cheapest change: checkpoint.keep=1, export.final=adapter, or output_dir on another disk",
+                    f"cheapest change: {fewer}checkpoint.keep=1, export.final=adapter, or output_dir on "
+                    "another disk",
                 ),
             ]
         )

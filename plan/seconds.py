@@ -7,9 +7,10 @@ from math import ceil
 
 from ..recipes.quantities import Every
 from . import defaults
-from .measurement import Measurement
 from .memory import Sizes
+from .objectives import Work
 from .rates import Rates
+from .sizes import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
 
 
 def step_time(
-    measured: Measurement,
-    layers: int,
+    work: Work,
     *,
     micro_tokens: int,
     batch_tokens: int,
@@ -47,7 +47,7 @@ def step_time(
     """Time of a step; micro-batches of a step are taken as equally full. passes: over each of them."""
     accumulation = max(1, ceil(batch_tokens / (micro_tokens * world_size)))
     tokens = batch_tokens / (accumulation * world_size)
-    micro = measured.micro_seconds(layers, tokens, tokens * trained_share)
+    micro = work.train_seconds(tokens, tokens * trained_share)
     return StepTime(passes * accumulation * micro + update_seconds, accumulation, batch_tokens)
 
 
@@ -62,6 +62,7 @@ class Fixed:
     save: float
     export: float
     report: float
+    teacher: float  # its pass over all rows before training
 
     def reserve_guess(self) -> dict[str, float]:
         """First guesses for the Clock of what must still happen after the last step."""
@@ -83,19 +84,21 @@ def fixed_seconds(
     eval_between_seconds: float,
     samples: int,
     max_new_tokens: int,
+    teacher_seconds: float = 0.0,
 ) -> Fixed:
     """First guesses; the Clock replaces each by what it measures."""
-    saved = 2 * sizes.trained + sizes.optimizer
+    saved = checkpoint_bytes(sizes)
     token = layers * defaults.DECODE_SECONDS_PER_LAYER + sizes.weights / (2 * rates.copy)
     written = sizes.merged or sizes.adapter
     return Fixed(
-        load=defaults.LOAD_SECONDS + sizes.unquantised / defaults.LOAD_BYTES_PER_SECOND,
+        load=defaults.LOAD_SECONDS + (sizes.unquantised + sizes.teacher) / defaults.LOAD_BYTES_PER_SECOND,
         eval=eval_seconds,
         eval_between=eval_between_seconds,
         samples=max_new_tokens * token if samples else 0.0,
         save=defaults.SAVE_SECONDS + saved / rates.disk_write,
         export=defaults.EXPORT_SECONDS + written / rates.disk_write,
         report=defaults.REPORT_SECONDS,
+        teacher=teacher_seconds,
     )
 
 
@@ -128,6 +131,7 @@ def overhead(fixed: Fixed, *, elapsed: float, evals: int, saves: int) -> dict[st
     return {
         "start": elapsed,
         "load": fixed.load,
+        "teacher": fixed.teacher,
         "evaluations": evals * fixed.eval_between + 2 * fixed.eval,
         "samples": 2 * fixed.samples,
         "saves": (saves + 1) * fixed.save,

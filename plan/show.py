@@ -49,6 +49,9 @@ def _decisions(plan: Plan) -> Table:
             plan.reasons.get("batch_tokens", ""),
         ),
         ("learning_rate", f"{plan.learning_rate:.1e}", plan.reasons.get("learning_rate", "")),
+        ("weight_decay", f"{plan.weight_decay:g}", plan.reasons.get("weight_decay", "")),
+        ("epochs", f"{plan.epochs:.2g}", plan.reasons.get("epochs", "")),
+        *((key, "", plan.reasons[key]) for key in ("filter", "sources", "objective") if key in plan.reasons),
         (
             "checkpointing",
             "activations" if plan.activation_checkpointing else "off",

@@ -12,6 +12,7 @@ from ..optimizers import gradient_elements, state_bytes, update_cost
 from ..optimizers.q_apollo import int8_bytes
 from ..recipes import QApollo, Recipe
 from .memory import Sizes
+from .objectives import Extra
 from .precision import Precision
 from .trained import Trained
 
@@ -20,9 +21,16 @@ _SCALES_TOGETHER = 256  # scales that share a scale of theirs with double quanti
 
 
 def count_sizes(
-    recipe: Recipe, facts: ModelFacts, trained: Trained, precision: Precision, *, libraries: int
+    recipe: Recipe,
+    facts: ModelFacts,
+    trained: Trained,
+    precision: Precision,
+    *,
+    libraries: int,
+    extra: Extra | None = None,
 ) -> Sizes:
-    """Sizes in bytes. `libraries`: see `resident_bytes`."""
+    """Sizes in bytes. `libraries`: see `resident_bytes`; `extra`: what the objective adds."""
+    extra = extra or Extra()
     itemsize = precision.dtype.itemsize
     unquantised = facts.parameters * itemsize
     own_bytes = itemsize * sum(slot.elements for slot in trained.own)
@@ -41,7 +49,15 @@ def count_sizes(
         largest=max(prod(shape) for _, shape in facts.parameter_shapes) * itemsize,
         libraries=libraries,
         merged=merged,
+        reference=own_bytes + added_bytes if extra.reference else 0,
+        teacher=extra.teacher.bytes if extra.teacher is not None else 0,
+        teacher_first=extra.teacher is not None and extra.teacher.stored,
     )
+
+
+def checkpoint_bytes(sizes: Sizes) -> int:
+    """A checkpoint: the trained weights twice (trained, best or exported), the optimizer, the reference."""
+    return 2 * sizes.trained + sizes.optimizer + sizes.reference
 
 
 def gradient_bytes(recipe: Recipe, trained: Trained, itemsize: int) -> int:

@@ -27,8 +27,11 @@ class _Optimizer(Section):
         gt=0,
         description="Peak rate; auto follows from the optimizer, what is trained and the budget.",
     )
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="Decoupled weight decay; not on biases and norms."
+    weight_decay: Auto[float] = Field(
+        default=None,
+        ge=0,
+        description="Decoupled weight decay; not on biases and norms. auto is 0 where each row is seen a few "
+        "times, and more the more often rows repeat (docs/spending.md).",
     )
     max_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Clip the norm of the gradient; null does not clip."

@@ -1,11 +1,14 @@
 """A tiny model, a machine and data that the tests of the plan share."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from shoestring.models.facts import ModelFacts, read_facts
+from shoestring.plan import Plan, make_plan
 from shoestring.plan.curves import Line, Plane, Polyline
 from shoestring.plan.facts import DataFacts
 from shoestring.plan.machine import Machine
@@ -61,6 +64,20 @@ def rows(count: int = 4000, length: int = 200, longest: int = 400, eval_rows: in
     return DataFacts(lengths, lengths // 2, np.ones(count), held, held // 2)
 
 
+def pairs(count: int = 4000, **given: int) -> DataFacts:
+    """Rows of two sequences: the first has two thirds of a row."""
+    whole = rows(count, **given)
+    return replace(whole, first=2 * whole.lengths // 3, eval_first=2 * whole.eval_lengths // 3)
+
+
+def make_tiny_plan(
+    *overrides: str, on: Machine | None = None, data: DataFacts | None = None, **given: Any
+) -> Plan:
+    """The plan of the tiny model with the measurement given by a formula."""
+    given = {"world_size": 1, "measure": Meter(), "libraries": GIGA, "can_pack": True, **given}
+    return make_plan(recipe(*overrides), on or machine(), tiny_facts(), data or rows(), **given)
+
+
 def machine(device: str = "cpu", host: float = 16.0, gpu: float = 0.0, disk: float = 100.0) -> Machine:
     rates = Rates(matmul_bf16=1e12, matmul_fp32=2e11, copy=2e10, disk_write=5e8)
     return Machine(
@@ -81,9 +98,10 @@ def machine(device: str = "cpu", host: float = 16.0, gpu: float = 0.0, disk: flo
 class Meter:
     """Stands for the measurement: bytes and seconds by a formula, with the settings it was asked for."""
 
-    def __init__(self, *, per_token: float = 1e6, seconds: float = 1e-3) -> None:
+    def __init__(self, *, per_token: float = 1e6, seconds: float = 1e-3, head: float = 0.0) -> None:
         self.per_token = per_token
         self.seconds = seconds
+        self.head = head
         self.asked: list[Setting] = []
 
     def __call__(
@@ -102,7 +120,7 @@ class Meter:
             forward_seconds=Plane(0, 0, seconds / 3, 0),
             head_peak=Polyline(((100, 1e6), (200, 2e6)), 100.0),
             head_held=0,
-            head_seconds=Line(0, 0),
-            head_forward_seconds=Line(0, 0),
+            head_seconds=Line(0, 3 * self.head),
+            head_forward_seconds=Line(0, self.head),
             tokens=setting.tokens,
         )

@@ -74,7 +74,7 @@ def backward(model: nn.Module, x: Tensor) -> None:
 
 
 def build(model: nn.Module, config: Any) -> torch.optim.Optimizer:
-    return build_from_library(model, config, parameter_groups(model, weight_decay=config.weight_decay))
+    return build_from_library(model, config, parameter_groups(model, weight_decay=config.weight_decay or 0.0))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,19 +5,12 @@ import re
 from typing import Any
 
 import pytest
-from plan_cases import Meter, machine, recipe, rows, tiny_facts
+from plan_cases import Meter, machine, rows
+from plan_cases import make_tiny_plan as plan
 from rich.console import Console
-from shoestring.plan import DataFacts, Machine, Plan, data_facts, defaults, make_plan
+from shoestring.plan import Plan, data_facts, defaults
 from shoestring.plan.show import duration, render
 from shoestring.recipes.errors import BudgetError, UserError
-
-LIBRARIES = 10**9
-
-
-def plan(*overrides: str, on: Machine | None = None, data: DataFacts | None = None, **given: Any) -> Plan:
-    given = {"world_size": 1, "measure": Meter(), "libraries": LIBRARIES, "can_pack": True, **given}
-    return make_plan(recipe(*overrides), on or machine(), tiny_facts(), data or rows(), **given)
-
 
 # Batch, rate and budget
 
@@ -62,7 +55,7 @@ def test_counted_budgets_do_not_depend_on_the_speed_of_the_moment() -> None:
 def test_the_first_limit_counts() -> None:
     made = plan("budget.steps=5")
     assert (made.steps, made.bound_by) == (5, "budget.steps")
-    assert plan("budget.steps=10000000").bound_by == "time"
+    assert plan("budget.steps=10000000").bound_by == "budget.time"
 
 
 def test_cost_is_time_bought_at_a_price() -> None:
@@ -121,11 +114,16 @@ def test_rates_fall_with_size_and_grow_slowly_with_the_batch() -> None:
     assert rate(optimizer="lion_8bit") == pytest.approx(rate() / 5)
 
 
-def test_evaluations_stay_a_tenth_of_the_time() -> None:
-    made = plan("budget=3min", "eval.every=10%", data=rows(eval_rows=3000))
-    assert made.eval_rows < 3000
-    assert made.timeline["evaluations"] <= 0.11 * 180
-    assert "of 3000 held-out rows" in made.reasons["eval_rows"]
+@pytest.mark.parametrize(("minutes", "share"), [(5, 0.06), (9.9, 0.06), (10, 0.10), (30, 0.10)])
+def test_evaluations_stay_a_tenth_of_the_time_and_less_of_a_short_one(minutes: float, share: float) -> None:
+    made = plan(f"budget={minutes}min", "eval.every=10%", data=rows(eval_rows=3000))
+    assert 16 < made.eval_rows < 3000
+    assert 0.8 * share < made.timeline["evaluations"] / (60 * minutes) <= 1.05 * share
+    assert made.reasons["eval_rows"].startswith(f"{made.eval_rows} of 3000 held-out rows: ")
+    assert made.reasons["eval_rows"].endswith(f"more than {share:.0%}")
+
+
+def test_a_few_held_out_rows_are_all_measured() -> None:
     assert plan("budget=3min", "eval.rows=20", data=rows(eval_rows=100)).eval_rows_between == 20
 
 

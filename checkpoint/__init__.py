@@ -4,7 +4,7 @@ from .describe import CheckpointFacts, describe_checkpoints
 from .errors import BrokenCheckpoint
 from .identity import check_identity, differences, run_identity
 from .random_state import random_state, set_random_state
-from .reading import Checkpoint, newest, open_checkpoint
+from .reading import Checkpoint, name_of, newest, open_checkpoint
 from .retention import best, prune, set_best
 from .state import load_optimizer_state, optimizer_state
 from .store import save
@@ -18,6 +18,7 @@ __all__ = [
     "describe_checkpoints",
     "differences",
     "load_optimizer_state",
+    "name_of",
     "newest",
     "open_checkpoint",
     "optimizer_state",

@@ -3,20 +3,18 @@
 Plain values: imports nothing else of shoestring, and no torch.
 """
 
-from .choices import (
-    AdapterConfig,
-    ConstantSchedule,
-    CosineSchedule,
-    LinearSchedule,
-    LoraAdapter,
-    ObjectiveConfig,
-    PolynomialSchedule,
-    RexSchedule,
-    ScheduleConfig,
-)
+from .choices import AdapterConfig, LoraAdapter
 from .errors import BudgetError, DivergedError, ShoestringError, UserError
 from .load import load_recipe
 from .model_data import Columns, DataConfig, ModelConfig, Source
+from .objectives import (
+    DistillObjective,
+    DpoObjective,
+    ObjectiveConfig,
+    OwnObjective,
+    SftObjective,
+    SftThenDpoObjective,
+)
 from .optimizers import (
     Adafactor,
     AdaLomo,
@@ -45,6 +43,24 @@ from .presets import Preset, copy_preset, list_presets
 from .quantities import Bytes, Count, Every, Joules, Money, Price, Seconds
 from .resolved import Resolved
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
+from .schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+    MirrorCosineSchedule,
+    OneCycleSchedule,
+    Piece,
+    PiecewiseSchedule,
+    PolynomialSchedule,
+    PowerSchedule,
+    RexSchedule,
+    ScheduleConfig,
+    SquareSchedule,
+    UbaSchedule,
+    WsdSchedule,
+    WsdSSchedule,
+)
 from .schema import Recipe, json_schema
 
 __all__ = [
@@ -68,26 +84,35 @@ __all__ = [
     "Cosmos",
     "Count",
     "DataConfig",
+    "DistillObjective",
     "DivergedError",
+    "DpoObjective",
     "EvalConfig",
     "Every",
     "ExportConfig",
     "Frugal",
     "GaLore",
+    "InverseSqrtSchedule",
     "Joules",
     "LinearSchedule",
     "Lion",
     "Lion8bit",
     "Lomo",
     "LoraAdapter",
+    "MirrorCosineSchedule",
     "ModelConfig",
     "Money",
     "Muon",
     "NaturalGaLore",
     "ObjectiveConfig",
+    "OneCycleSchedule",
     "OptimizerConfig",
+    "OwnObjective",
     "PagedAdamW8bit",
+    "Piece",
+    "PiecewiseSchedule",
     "PolynomialSchedule",
+    "PowerSchedule",
     "Preset",
     "Price",
     "QApollo",
@@ -97,12 +122,18 @@ __all__ = [
     "ScheduleConfig",
     "ScheduleFreeAdamW",
     "Seconds",
+    "SftObjective",
+    "SftThenDpoObjective",
     "ShoestringError",
     "Soap",
     "Source",
+    "SquareSchedule",
     "TrackConfig",
     "TrainConfig",
+    "UbaSchedule",
     "UserError",
+    "WsdSSchedule",
+    "WsdSchedule",
     "copy_preset",
     "json_schema",
     "list_presets",

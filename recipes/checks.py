@@ -1,25 +1,20 @@
 """Checks between keys: each problem names the keys that disagree and what to type instead."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .objective_checks import objective_problems
+from .objectives import DpoObjective
+from .problem import Problem
 
 if TYPE_CHECKING:
     from .schema import Recipe
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A sentence about `key`; `others` are further keys whose place in the file is worth showing."""
-
-    key: str
-    text: str
-    others: tuple[str, ...] = ()
 
 
 def problems(recipe: "Recipe") -> list[Problem]:
     """All disagreements between keys of a recipe whose values are valid one by one."""
     return [
         *_budget(recipe),
+        *objective_problems(recipe),
         *_batch(recipe),
         *_sampling(recipe),
         *_optimizer(recipe),
@@ -234,20 +229,25 @@ def _data(recipe: "Recipe") -> list[Problem]:
         "data.columns": data.columns,
         **{f"data.train.{n}.columns": source.columns for n, source in enumerate(data.train)},
         **{f"data.eval.{n}.columns": source.columns for n, source in enumerate(held_out)},
+        **{f"data.preferences.{n}.columns": s.columns for n, s in enumerate(data.preferences or [])},
     }
+    pairs = isinstance(recipe.objective, DpoObjective) or data.format == "preference"
     found = []
     for key, names in columns.items():
         if names is None:
             continue
-        given = [
-            name for name in ("prompt", "completion", "system", "text", "messages") if getattr(names, name)
-        ]
-        kinds = (
-            {"prompt", "completion"} <= set(given) and not {"text", "messages"} & set(given),
-            given == ["text"],
-            "messages" in given and not {"prompt", "completion", "text"} & set(given),
-        )
-        if not any(kinds):
+        given = [name for name, column in names if column]
+        others = set(given) - {"system"}
+        if pairs or key.startswith("data.preferences"):
+            if not others <= {"prompt", "chosen", "rejected"} or not given:
+                found.append(
+                    Problem(
+                        key,
+                        f"{key} names {', '.join(given) or 'nothing'}; allowed for pairs: prompt, chosen, "
+                        "rejected, system.   For example {prompt: question, chosen: good, rejected: bad}",
+                    )
+                )
+        elif others not in ({"prompt", "completion"}, {"messages"}) and given != ["text"]:
             found.append(
                 Problem(
                     key,

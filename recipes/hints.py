@@ -75,7 +75,7 @@ FOREIGN = {
     "lora_rank": "adapter.r",
     "adapter.rank": "adapter.r",
     "rank": "adapter.r (optimizer.rank is for galore, apollo and their kin)",
-    "alpha": "adapter.lora_alpha",
+    "alpha": "adapter.lora_alpha (objective.alpha is for distill)",
     "dropout": "adapter.lora_dropout",
     "lora_target": "adapter.target_modules",
     "lora_target_modules": "adapter.target_modules",

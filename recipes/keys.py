@@ -15,7 +15,8 @@ def variants(section: str) -> dict[str, dict[str, Any]]:
     for reference in references:
         if "$ref" in reference:
             definition = schema["$defs"][reference["$ref"].rsplit("/", 1)[-1]]
-            name = definition["properties"].get("name", {}).get("const", "")
+            declared_name = definition["properties"].get("name", {})
+            name = declared_name.get("const", declared_name.get("x-allowed", ""))
             found[name] = definition
     return found
 
@@ -45,8 +46,10 @@ def properties_at(path: tuple[str | int, ...], name: str | None = None) -> dict[
         return found
     if path[-1] == "columns":
         return dict(schema["$defs"]["Columns"]["properties"])
-    if len(path) > 1 and path[0] == "data" and path[1] in ("train", "eval"):
+    if len(path) > 1 and path[0] == "data" and path[1] in ("train", "eval", "preferences"):
         return dict(schema["$defs"]["Source"]["properties"])
+    if path[:2] == ("schedule", "pieces") and len(path) == 3:
+        return dict(schema["$defs"]["Piece"]["properties"])
     if len(path) == 1 and isinstance(path[0], str) and path[0] in sections():
         menu = variants(path[0])
         chosen = menu.get(name or "", next(iter(menu.values()), {}))

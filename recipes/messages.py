@@ -7,10 +7,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .allowed import describe, words
-from .checks import Problem
 from .draft import Draft, dotted
 from .hints import FOREIGN, OPTIMIZERS
 from .keys import dotted_keys, properties_at, sections, variants
+from .problem import Problem
 from .quantities import Joules, Money
 from .schema import plain_schema
 from .short_forms import SHORT_FORMS
@@ -135,7 +135,8 @@ def _below(schema: dict[str, Any], rest: KeyPath) -> dict[str, Any]:
         for items in ("items", "additionalProperties"):
             if isinstance(kind.get(items), dict):
                 inner: dict[str, Any] = kind[items]
-                return {"anyOf": [{"x-allowed": "a path or hub id"}, inner]} if "$ref" in inner else inner
+                source = str(inner.get("$ref", "")).endswith("/Source")
+                return {"anyOf": [{"x-allowed": "a path or hub id"}, inner]} if source else inner
         if "prefixItems" in kind:
             return dict(kind["prefixItems"][0])
     return schema

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from .section import Auto, Section
 from .short_forms import expand_data, expand_source
 
-DataFormat = Literal["messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "text"]
+DataFormat = Literal[
+    "messages", "prompt_completion", "question_answer", "alpaca", "sharegpt", "text", "preference"
+]
 
 
 class ModelConfig(Section):
@@ -48,10 +50,14 @@ class ModelConfig(Section):
 class Columns(Section):
     """Names of the columns that hold each part of a row."""
 
-    prompt: str | None = Field(default=None, description="Column of the user's text; needs `completion`.")
+    prompt: str | None = Field(
+        default=None, description="Column of the user's text; needs `completion`, or chosen and rejected."
+    )
     completion: str | None = Field(
         default=None, description="Column of the answer to train on; needs `prompt`."
     )
+    chosen: str | None = Field(default=None, description="Column of the preferred answer of a pair.")
+    rejected: str | None = Field(default=None, description="Column of the other answer of a pair.")
     system: str | None = Field(default=None, description="Column of the system prompt.")
     text: str | None = Field(default=None, description="Column of plain text; excludes the other columns.")
     messages: str | None = Field(
@@ -102,6 +108,12 @@ class DataConfig(Section):
         json_schema_extra={"x-allowed": "a share such as 0.02, a path or hub id, or a list of sources"},
         description="Held-out rows: a share of the training rows, or sources of their own.",
     )
+    preferences: list[Source] | None = Field(
+        default=None,
+        min_length=1,
+        description="Sources of pairs (columns prompt, chosen, rejected) for `objective: sft_then_dpo`; a "
+        "share of them is held out like `eval`.",
+    )
     eval_rows: int | None = Field(
         default=None,
         ge=1,
@@ -119,7 +131,8 @@ class DataConfig(Section):
     max_length: Auto[int] = Field(
         default=None,
         ge=2,
-        description="Longest row in tokens; auto is the longest row, as far as the model and memory reach.",
+        description="Longest row in tokens (of a pair each of its two); auto is the longest row, as far as "
+        "the model and memory reach.",
     )
     on_long_row: Literal["truncate", "skip", "error"] = Field(
         default="truncate",

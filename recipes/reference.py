@@ -77,6 +77,8 @@ def _section(section: str) -> str:
     if section == "data":
         lines += _nested("Source", "One source, in `data.train` or `data.eval`: a path, or a mapping.")
         lines += _nested("Columns", "The mapping `data.columns`.")
+    if section == "schedule":
+        lines += _nested("Piece", "One piece, in `schedule.pieces`: a mapping.")
     return "\n".join([*lines, ""])
 
 

@@ -101,7 +101,8 @@ class EvalConfig(Section):
     metric_for_best_model: str = Field(
         default="loss",
         min_length=1,
-        description="Metric that decides which checkpoint is best; lower is better.",
+        description="Metric that decides which checkpoint is best: less is better, but of accuracy, margin "
+        "and chosen_reward more is.",
     )
 
 
@@ -114,6 +115,11 @@ class CheckpointConfig(Section):
     )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
     keep_best: bool = Field(default=True, description="Keep the best one too, whatever its age.")
+    keep_pre_decay: bool = Field(
+        default=False,
+        description="Keep the state before the last decay of `wsd` too, so that `shoestring extend` can go "
+        "on from there.",
+    )
 
 
 class TrackConfig(Section):

@@ -13,10 +13,12 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import WithDefaultSchema
 
 from .checks import problems
-from .choices import LoraAdapter, ObjectiveConfig, RexSchedule, ScheduleConfig
+from .choices import LoraAdapter
 from .model_data import DataConfig, ModelConfig
+from .objectives import ObjectiveConfig, SftObjective
 from .optimizers import AdamW, OptimizerConfig
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
+from .schedules import RexSchedule, ScheduleConfig
 from .section import Section
 from .short_forms import SHORT_FORMS, expand_recipe
 
@@ -45,7 +47,7 @@ class Recipe(Section):
         description="What may be spent: at least one of time, cost, energy, tokens, steps, epochs. The "
         "first to run out counts."
     )
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="What the loss is.")
+    objective: ObjectiveConfig = Field(default_factory=SftObjective, description="What the loss is.")
     adapter: LoraAdapter | None = Field(
         default_factory=LoraAdapter,
         description="What is trained beside the frozen model; left out it is LoRA of rank 16, and null "
@@ -108,6 +110,7 @@ def json_schema() -> dict[str, Any]:
     data = schema["$defs"]["DataConfig"]["properties"]
     data["train"] = {**_without_type(data["train"]), "anyOf": [*source["anyOf"], sources]}
     share = next(kind for kind in data["eval"]["anyOf"] if kind.get("type") == "number")
+    data["preferences"] = {**_without_type(data["preferences"]), "anyOf": [*source["anyOf"], sources]}
     data["eval"] = {**_without_type(data["eval"]), "anyOf": [share, *source["anyOf"], sources]}
     report_to = schema["$defs"]["TrackConfig"]["properties"]["report_to"]
     trackers = {key: report_to.pop(key) for key in ("type", "items")}

@@ -70,7 +70,7 @@ def expand_data(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     spelled = dict(given)
-    for key in ("train", "eval"):
+    for key in ("train", "eval", "preferences"):
         if isinstance(spelled.get(key), str | dict):
             spelled[key] = [spelled[key]]
         if isinstance(spelled.get(key), list):

@@ -705,9 +705,9 @@ def test_two_processes_are_one_clear_error(tmp_path, monkeypatch):
     path = recipe(tmp_path, name="lomo")
     real = assembly.build_engine
 
-    def as_if_two(recipe, plan, facts, data, accelerator, checkpoint):
+    def as_if_two(recipe, plan, facts, data, accelerator, checkpoint, **others):
         monkeypatch.setattr(Accelerator, "num_processes", 2)
-        return real(recipe, plan, facts, data, accelerator, checkpoint)
+        return real(recipe, plan, facts, data, accelerator, checkpoint, **others)
 
     monkeypatch.setattr("shoestring.train.run.build_engine", as_if_two)
     with pytest.raises(UserError, match=r"step_in_backward=true needs one process, and this run has 2"):

@@ -97,8 +97,24 @@ AFTER = {
         "recipe.yaml:4  adapter.name is 'full'; allowed: lora, or adapter: null to train every weight",
     ),
     "unknown_objective": (
-        "objective: dpo\n",
-        "recipe.yaml:4  objective.name is 'dpo'; allowed: sft, or your own as module:attribute",
+        "objective: kto\n",
+        "recipe.yaml:4  objective.name is 'kto'; allowed: sft, dpo, sft_then_dpo, distill or "
+        "your own as module:attribute",
+    ),
+    "two_stages_without_pairs": (
+        "objective: sft_then_dpo\n",
+        "recipe.yaml:4  objective=sft_then_dpo needs data.preferences, rows with prompt, chosen and rejected."
+        "   For example data.preferences=pairs.jsonl, or objective=sft",
+    ),
+    "stored_teacher_without_top_k": (
+        "objective: {name: distill, teacher: t, teacher_logits: stored}\n",
+        "recipe.yaml:4  objective.teacher_logits=stored keeps the likeliest tokens, and objective.top_k=null "
+        "keeps none.   Set objective.top_k=64, or objective.teacher_logits=online",
+    ),
+    "a_branch_that_cannot_be_kept": (
+        "checkpoint: {keep_pre_decay: true}\n",
+        "recipe.yaml:4  checkpoint.keep_pre_decay=true is for schedule=wsd, and schedule=rex has no such "
+        "point.   Set schedule=wsd, or checkpoint.keep_pre_decay=false",
     ),
     "key_of_another_choice": (
         "schedule: {name: rex, power: 2}\n",

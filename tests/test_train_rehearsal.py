@@ -17,7 +17,7 @@ from shoestring.checkpoint import random_state
 from shoestring.data import Batch
 from shoestring.recipes import load_recipe
 from shoestring.recipes.errors import BudgetError
-from shoestring.train.loop import Run
+from shoestring.train.parts import Run
 from shoestring.train.rehearsal import memory_explained, rehearse
 from shoestring.train.run import build
 from shoestring.train.rundir import RunDir
@@ -54,7 +54,7 @@ def test_a_rehearsal_tries_the_worst_step_and_leaves_no_trace(
     ordinary = max(
         sum(int(run.data.train.lengths[row]) for row in rows)
         for number in range(20)
-        for rows in run.order.step(number).micro_batches
+        for rows in run.stage.order.step(number).micro_batches
     )
     assert max(tried) >= ordinary
     assert random_state() == state
@@ -71,7 +71,10 @@ def test_a_rehearsal_tries_the_worst_step_and_leaves_no_trace(
             {"activation_checkpointing": True, "micro_tokens": 4096, "longest_row": 100, "accumulation": 2},
             "train.gradient_accumulation_steps=4",
         ),
-        ({"activation_checkpointing": True, "micro_tokens": 64, "longest_row": 100}, "data.max_length=50"),
+        (
+            {"activation_checkpointing": True, "micro_tokens": 64, "longest_row": 100, "max_length": 100},
+            "data.max_length=50",
+        ),
     ],
 )
 def test_a_full_gpu_says_what_was_planned_and_names_one_key(
@@ -79,7 +82,7 @@ def test_a_full_gpu_says_what_was_planned_and_names_one_key(
 ) -> None:
     device = {"weights": 15 * 10**9, "activations": 8 * 10**9, "total": 23 * 10**9}
     memory = {"host": run.plan.memory["host"], "device": device}
-    run.plan = replace(run.plan, memory=memory, memory_limits={"device": 24 * 10**9}, **changes)
+    run.stage.plan = replace(run.plan, memory=memory, memory_limits={"device": 24 * 10**9}, **changes)
     with pytest.raises(BudgetError) as refused, memory_explained(run):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     text = str(refused.value)

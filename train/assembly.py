@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
@@ -17,13 +19,14 @@ from ..ops import use_fused, use_int8_weights, use_wta_crs
 from ..optimizers import build_optimizer, share_line, slots, takes_matrices
 from ..optimizers.in_backward import BackwardStepper
 from ..plan import Plan, data_facts, make_plan, probe
-from ..recipes import QApollo, Recipe
+from ..recipes import DistillObjective, DpoObjective, OwnObjective, QApollo, Recipe
 from ..recipes.errors import UserError
 from ..schedules import Clock, Limits
 from .engine import NativeEngine
 from .objectives import LossModule, base_model, build_objective
 from .rundir import RunDir
-from .screen import Headline, Screen
+from .screen import Screen
+from .teacher import OnlineTeacher, StoredTeacher, open_teacher
 
 
 def read_data(
@@ -34,14 +37,28 @@ def read_data(
     if max_length is not None:
         section = section.model_copy(update={"max_length": max_length})
     with accelerator.main_process_first():
-        return prepare(section, tokenizer, seed=recipe.train.seed, max_length=facts.max_positions)
+        return prepare(
+            section,
+            tokenizer,
+            seed=recipe.train.seed,
+            max_length=facts.max_positions,
+            preferences=takes_pairs(recipe),
+        )
+
+
+def takes_pairs(recipe: Recipe) -> bool:
+    """Whether `data.train` holds pairs of answers."""
+    own_pairs = isinstance(recipe.objective, OwnObjective) and recipe.data.format == "preference"
+    return own_pairs or isinstance(recipe.objective, DpoObjective)
 
 
 def fingerprint(rows: TokenRows) -> str:
-    """Identity of the training rows: their tokens, which of them are trained, and where each row ends."""
+    """Identity of the training rows: tokens, which are trained, where each row and each answer ends."""
     digest = xxhash.xxh3_128()
     for array in (rows.tokens, rows.trained, rows.offsets):
         digest.update(array.data)
+    if rows.second is not None:
+        digest.update(np.ascontiguousarray(rows.second).data)
     return digest.hexdigest()
 
 
@@ -51,15 +68,20 @@ def decide(
     data: Prepared,
     accelerator: Accelerator,
     run_dir: RunDir,
-    checkpoint: Checkpoint | None,
+    saved: Path | None,
     started: float,
     screen: Screen,
+    *,
+    share: float = 1.0,
 ) -> Plan:
-    """Made by the main process and sent to the others; a resumed run keeps the plan that it began with."""
+    """Made by the main process and sent to the others; a resumed run keeps the plan that it began with.
+
+    saved: that plan's file. share: of the budget, for one stage of several.
+    """
     holder: list[Any] = [None]
     if accelerator.is_main_process:
-        if checkpoint is not None and run_dir.plan.exists():
-            plan = Plan.from_json(run_dir.plan.read_text(encoding="utf-8"))
+        if saved is not None:
+            plan = Plan.from_json(saved.read_text(encoding="utf-8"))
         else:
             screen.status("measuring a small copy of the model")
             machine = probe(run_dir.path, device=str(accelerator.device))
@@ -71,11 +93,40 @@ def decide(
                 data_facts(data.train, data.eval),
                 world_size=accelerator.num_processes,
                 elapsed=elapsed,
+                share=share,
             )
         holder = [plan.to_json()]
     if accelerator.num_processes > 1:
         broadcast_object_list(holder)
     return Plan.from_json(holder[0])
+
+
+def teacher_of(
+    recipe: Recipe,
+    objective: DistillObjective,
+    plan: Plan,
+    facts: ModelFacts,
+    data: Prepared,
+    accelerator: Accelerator,
+    screen: Screen,
+) -> OnlineTeacher | StoredTeacher:
+    """The teacher of a distillation, before the student is loaded: a stored one is in memory only here.
+
+    The main process asks it first, the others find its answers.
+    """
+    stored = objective.teacher_logits == "stored"
+    screen.status("asking the teacher" if stored else "loading the teacher")
+    with accelerator.main_process_first():
+        return open_teacher(
+            objective,
+            facts,
+            recipe.model,
+            [data.train, data.eval],
+            device=accelerator.device,
+            dtype=getattr(torch, plan.dtype),
+            packed=plan.packed,
+            micro_tokens=plan.micro_tokens,
+        )
 
 
 def build_engine(
@@ -85,8 +136,13 @@ def build_engine(
     data: Prepared,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
+    *,
+    teacher: OnlineTeacher | StoredTeacher | None = None,
 ) -> tuple[NativeEngine, list[str]]:
-    """The model with its adapter, its loss and its optimizer; and a line for each thing done to it."""
+    """The model with its adapter, its loss and its optimizer; and a line for each thing done to it.
+
+    teacher: of distillation, see `teacher_of`.
+    """
     in_backward = bool(getattr(recipe.optimizer, "step_in_backward", False))
     if in_backward and accelerator.num_processes > 1:
         raise UserError(
@@ -119,12 +175,12 @@ def build_engine(
         base_model(trained).gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    objective = build_objective(recipe.objective, trained)
+    objective = build_objective(recipe.objective, trained, adapter=adapter, teacher=teacher)
     if isinstance(recipe.optimizer, QApollo):
         fused += use_int8_weights(trained, recipe.optimizer.group_size)
     optimizer = build_optimizer(
         trained,
-        recipe.optimizer,
+        recipe.optimizer.model_copy(update={"weight_decay": plan.weight_decay}),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None,
         seed=recipe.train.seed,
     )
@@ -155,39 +211,3 @@ def _eva_batches(
             {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
         )
     return batches
-
-
-def headline(recipe: Recipe, plan: Plan, data: Prepared, run_dir: RunDir) -> Headline:
-    """What will happen, for the screen."""
-    budget = recipe.budget
-    given = [
-        f"{name} {getattr(value, 'text', value)}"
-        for name, value in budget
-        if value is not None and name in ("time", "cost", "price", "energy", "tokens", "steps", "epochs")
-    ]
-    limits = {tier: (sum_, plan.memory_limits.get(tier)) for tier, sum_ in _totals(plan).items()}
-    return Headline(
-        model=plan.model,
-        trained_parameters=plan.trained_parameters,
-        parameters=plan.parameters,
-        data=f"{len(data.train):,} rows, {data.report.train_tokens:,} tokens, "
-        f"{data.report.trained_share:.0%} trained",
-        budget=", ".join(given),
-        tokens=plan.tokens_in_budget,
-        finish_seconds=plan.finish_seconds,
-        device=f"{plan.machine}" if plan.device == "cpu" else f"{plan.machine} ({plan.device})",
-        memory=limits,
-        output_dir=str(run_dir.path),
-        more=[
-            (
-                "steps",
-                f"about {plan.steps:,} of {plan.batch_rows or plan.batch_tokens:,} "
-                f"{'rows' if plan.batch_rows else 'tokens'}, {plan.epochs:.2g} epochs, "
-                f"peak rate {plan.learning_rate:.1e}, {recipe.schedule.name}",
-            )
-        ],
-    )
-
-
-def _totals(plan: Plan) -> dict[str, int]:
-    return {tier: parts["total"] for tier, parts in plan.memory.items() if parts}

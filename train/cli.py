@@ -115,6 +115,14 @@ def train(
     num_processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine (GPUs, or CPU groups).")
     ] = 1,
+    pause_at: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Measure, save and leave at this share of the budget; the same command goes on.",
+        ),
+    ] = None,
 ) -> None:
     """Plan, train, evaluate, save and export inside the budget; the same command resumes a stopped run."""
     from .launch import launch, process_start
@@ -127,11 +135,95 @@ def train(
         return
     if num_processes > 1:
         arguments = [recipe, *(overrides or []), *(["--fresh"] if fresh else [])]
+        arguments += [] if pause_at is None else ["--pause-at", str(pause_at)]
         raise typer.Exit(launch(arguments, num_processes))
     from .run import train_recipe
 
-    code = train_recipe(recipe, overrides or [], fresh=fresh, started=started)
+    code = train_recipe(recipe, overrides or [], fresh=fresh, started=started, pause_at=pause_at)
     raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:   shoestring extend runs/cpu-demo --budget 3min     ·     "
+    "shoestring extend runs/cpu-demo --budget tokens=200k"
+)
+def extend(
+    run: RunArgument,
+    budget: Annotated[
+        list[str], typer.Option(help="How much more: 1h, tokens=2M, cost='5 USD' (repeat for several).")
+    ],
+    rewarm: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Peak of the new leg, as a share of the first (default 0.5)."),
+    ] = None,
+) -> None:
+    """Go on with a finished run: from before its decay (wsd), from its end (wsd_s), or warmed up again."""
+    from .extend import extend_run
+    from .launch import process_start
+
+    raise typer.Exit(extend_run(run, budget, rewarm=rewarm, started=process_start()))
+
+
+@app.command(
+    epilog="Example:   shoestring sweep my.yaml --over optimizer.learning_rate=1e-4,3e-4,1e-3 --over "
+    "adapter.r=8,32 --budget 30min"
+)
+def sweep(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=A,B,C or KEY=log:1e-5..1e-3:5; repeat it for a grid.", metavar="KEY=VALUES"),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Of the whole sweep: 30min, tokens=2M or steps=600 (default: the recipe's)."),
+    ] = None,
+    reduction: Annotated[int, typer.Option(min=2, help="One in so many goes on at each pause.")] = 3,
+    rungs: Annotated[str, typer.Option(help="How many pauses: auto, or a number.")] = "auto",
+    by: Annotated[
+        str, typer.Option(help="held_out_loss, or early_signals (gradient norms).")
+    ] = "held_out_loss",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show trials, rungs and costs only.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, deleting the sweep that is there.")
+    ] = False,
+) -> None:
+    """Try several values inside one budget: stop the worse ones early, take the best to its end."""
+    from .launch import process_start
+
+    started = process_start()
+    from .sweep import read_rungs, sweep_recipe
+
+    code = sweep_recipe(
+        recipe,
+        overrides or [],
+        over=over or [],
+        budget=budget,
+        reduction=reduction,
+        rungs=read_rungs(rungs),
+        by=by,
+        dry_run=dry_run,
+        fresh=fresh,
+        started=started,
+    )
+    raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples:   shoestring budget runs/cpu-demo     ·     shoestring budget runs/cpu-demo 40min     "
+    "·     shoestring budget runs/cpu-demo 'price=1.10 USD/h'"
+)
+def budget(
+    run: RunArgument,
+    new: Annotated[
+        list[str] | None, typer.Argument(help="40min, or NAME=AMOUNT as in a recipe.", metavar="[NEW]...")
+    ] = None,
+) -> None:
+    """What a run was given, has used and has left; or give it another budget while it goes."""
+    from .budget_verb import show_budget
+
+    show_budget(run, new or [])
 
 
 @app.command(name="eval", epilog="Example:   shoestring eval runs/cpu-demo --data more.jsonl")

@@ -26,6 +26,11 @@ from ..optimizers.in_backward import BackwardPass, BackwardStepper
 from .objectives import LossModule
 
 
+def loss_and_sums(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What an objective's loss gives: the sum to minimise, and further sums to measure by."""
+    return result if isinstance(result, tuple) else (result, {})
+
+
 class Interrupted(Exception):
     """A signal came between two micro-batches; nothing of the step has been applied."""
 
@@ -34,8 +39,8 @@ class Interrupted(Exception):
 class NativeEngine:
     """Gradients of one optimizer step, exactly those of the one big batch.
 
-    Losses are summed and divided by the trained tokens of the whole step over all processes, so neither
-    accumulation nor the number of processes changes the result (transformers #34191, #37766 show the
+    Losses are summed and divided by the trained tokens (or rows) of the whole step over all processes, so
+    neither accumulation nor the number of processes changes the result (transformers #34191, #37766 show the
     mean-of-means mistake).
     """
 
@@ -65,9 +70,11 @@ class NativeEngine:
         }
 
     def forward_backward(
-        self, batches: Sequence[Batch], trained_tokens: int, interrupted: Callable[[], bool]
+        self, batches: Sequence[Batch], count: int, interrupted: Callable[[], bool]
     ) -> Tensor:
         """Accumulate the gradient of one step; returns the loss sum over all processes (float32 scalar).
+
+        count: what the summed loss is divided by: trained tokens, or rows, of the step in all processes.
 
         With a `stepper` and one micro-batch, the weights are stepped on the way. Raises Interrupted
         (gradients dropped, nothing stepped) when `interrupted()` turns true between micro-batches.
@@ -75,7 +82,7 @@ class NativeEngine:
         device = self.accelerator.device
         self.in_backward = None
         total = torch.zeros((), device=device)
-        scale = self.accelerator.num_processes / trained_tokens
+        scale = self.accelerator.num_processes / count
         for number, batch in enumerate(batches):
             if interrupted():
                 self.optimizer.zero_grad(set_to_none=True)
@@ -86,7 +93,7 @@ class NativeEngine:
             sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward)
             with sync:
                 with self.precision():
-                    loss = self.forward(batch.to(device))
+                    loss, _ = loss_and_sums(self.forward(batch.to(device)))
                 (loss * scale).backward()
             total += loss.detach()
         reduced: Tensor = self.accelerator.reduce(total, reduction="sum")
@@ -97,7 +104,7 @@ class NativeEngine:
 
         def scaled() -> Tensor:
             with self.precision():
-                loss: Tensor = self.forward(batch)
+                loss, _ = loss_and_sums(self.forward(batch))
             total.copy_(loss.detach())
             return loss * scale
 

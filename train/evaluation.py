@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..data import TokenRows, eval_batches
-from .engine import NativeEngine
+from .engine import NativeEngine, loss_and_sums
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,22 @@ def evaluate(
     evaluating never needs more memory than training did.
     """
     began = time.monotonic()
-    metrics = engine.loss_module.objective.metrics
+    objective = engine.loss_module.objective
     limits = {"micro_tokens": micro_tokens, "micro_rows": micro_rows, "packed": packed}
     with engine.averaged():
         first = _sums(engine, accelerator, rows.part(0, min(compared, len(rows))), limits)
         rest = _sums(engine, accelerator, rows.part(min(compared, len(rows)), len(rows)), limits)
-    loss_sum, count = first[0] + rest[0], first[1] + rest[1]
+    both = {name: first.get(name, 0.0) + rest.get(name, 0.0) for name in {**first, **rest}}
+
+    def metrics(sums: dict[str, float]) -> dict[str, float]:
+        others = {name: value for name, value in sums.items() if name not in ("loss", "tokens", "rows")}
+        count = sums["tokens"] if objective.per == "token" else sums["rows"]
+        return objective.metrics(sums["loss"], int(count), **others)
+
     return EvalResult(
-        metrics=metrics(loss_sum, count),
-        comparable_loss=metrics(*first)["loss"],
-        trained_tokens=count,
+        metrics=metrics(both),
+        comparable_loss=metrics(first)["loss"],
+        trained_tokens=int(both["tokens"]),
         rows=len(rows),
         seconds=time.monotonic() - began,
     )
@@ -67,20 +74,24 @@ def evaluate(
 @torch.no_grad()
 def _sums(
     engine: NativeEngine, accelerator: Accelerator, rows: TokenRows, limits: dict[str, Any]
-) -> tuple[float, int]:
+) -> dict[str, float]:
+    """Sums over rows and processes: "loss", "tokens", "rows", and what the objective adds to them."""
     module = engine.loss_module
     packed = limits["packed"]
     was_training = module.training
     module.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = {"loss": 0.0, "tokens": 0.0, "rows": 0.0}
     batches = eval_batches(rows, **limits)
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         batch = module.objective.collate(rows, indices, packed=packed).to(accelerator.device)
         if len(batch.labels) == 0:
             continue
         with engine.precision():
-            sums[0] += module(batch).double()
-        sums[1] += len(batch.labels)
+            loss, others = loss_and_sums(module(batch))
+        for name, value in {"loss": loss, **others}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        sums["tokens"] += len(batch.labels)
+        sums["rows"] += len(batch.rows)
     module.train(was_training)
-    loss_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
-    return loss_sum, int(count)
+    every = gather_object([sums])
+    return {name: sum(one.get(name, 0.0) for one in every) for one in every for name in one}

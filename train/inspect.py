@@ -13,10 +13,13 @@ from rich.console import Console
 from ..data import Prepared, describe, prepare
 from ..models import ModelFacts, load_tokenizer, read_facts, use_packed_attention
 from ..ops import use_fused
-from ..recipes import Recipe, load_recipe
+from ..plan import Plan
+from ..recipes import Recipe, SftObjective, load_recipe
 from ..recipes.errors import UserError
+from .assembly import takes_pairs
 from .chat import load_final
 from .quiet import quiet_libraries
+from .stages import Draft, divide, stage_recipes
 
 
 def check_recipe(source: str, overrides: Sequence[str]) -> None:
@@ -26,10 +29,13 @@ def check_recipe(source: str, overrides: Sequence[str]) -> None:
     """
     quiet_libraries()
     console = Console(highlight=False)
-    _, _, tokenizer, data = _read(source, overrides)
-    for line in data.report.lines():
-        console.print(line, markup=False)
-    console.print(describe(data, tokenizer))
+    _, _, tokenizer, stages = _read(source, overrides)
+    for name, _, data in stages:
+        if len(stages) > 1:
+            console.rule(name)
+        for line in data.report.lines():
+            console.print(line, markup=False)
+        console.print(describe(data, tokenizer))
     console.print(f"{source} is sound.  Next: shoestring plan {source}", markup=False)
 
 
@@ -39,13 +45,24 @@ def show_plan(source: str, overrides: Sequence[str], *, as_json: bool) -> None:
     from ..plan import data_facts, make_plan, probe
     from ..plan.show import render
 
-    recipe, facts, _, data = _read(source, overrides)
+    recipe, facts, _, stages = _read(source, overrides)
     machine = probe(recipe.output_dir)
-    plan = make_plan(recipe, machine, facts, data_facts(data.train, data.eval), world_size=1)
+
+    def plan(part: Recipe, data: Prepared, share: float) -> Plan:
+        return make_plan(part, machine, facts, data_facts(data.train, data.eval), world_size=1, share=share)
+
+    console = Console(highlight=False)
+    split, planned = divide(recipe, stages, plan)
+    if split.warning:
+        console.print(split.warning, style="yellow", markup=False)
     if as_json:
-        print(json.dumps(plan.to_json(), indent=2))
-    else:
-        Console(highlight=False).print(render(plan))
+        plans = {name: made.to_json() for (name, _, _), made in planned}
+        print(json.dumps(plans if len(stages) > 1 else next(iter(plans.values())), indent=2))
+        return
+    for (name, _, _), made in planned:
+        if len(stages) > 1:
+            console.rule(name)
+        console.print(render(made))
 
 
 @torch.no_grad()
@@ -61,7 +78,13 @@ def evaluate_run(run: Path, other: str | None) -> None:
     from .objectives import LossModule, build_objective
 
     recipe = run_recipe(run)
+    if takes_pairs(recipe) and other is None:
+        raise UserError(
+            f"{run} trained on pairs, which are measured against the model before training: see its "
+            f"report.html.\n  For the loss of other rows: shoestring eval {run} --data FILE"
+        )
     model, tokenizer = load_final(run)
+    own = recipe.objective if ":" in recipe.objective.name else SftObjective()
     # Other data: all of its rows are measured, so they are read as a held-out source.
     section = (
         recipe.data
@@ -80,7 +103,7 @@ def evaluate_run(run: Path, other: str | None) -> None:
     some = next(model.parameters())  # an engine has an optimizer, if only of one tensor
     engine = NativeEngine(
         Accelerator(cpu=not torch.cuda.is_available()),
-        LossModule(model, build_objective(recipe.objective, model)),
+        LossModule(model, build_objective(own, model)),
         torch.optim.SGD([some], lr=0.0),
         autocast=False,
     )
@@ -111,9 +134,22 @@ def run_recipe(run: Path) -> Recipe:
     return load_recipe(resolved).recipe
 
 
-def _read(source: str, overrides: Sequence[str]) -> tuple[Recipe, ModelFacts, Any, Prepared]:
+def _read(source: str, overrides: Sequence[str]) -> tuple[Recipe, ModelFacts, Any, list[Draft]]:
     recipe = load_recipe(source, overrides).recipe
     facts = read_facts(recipe.model)
     tokenizer = load_tokenizer(facts, recipe.model)
-    data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, max_length=facts.max_positions)
-    return recipe, facts, tokenizer, data
+    stages = [
+        (
+            name,
+            part,
+            prepare(
+                part.data,
+                tokenizer,
+                seed=part.train.seed,
+                max_length=facts.max_positions,
+                preferences=takes_pairs(part),
+            ),
+        )
+        for name, part in stage_recipes(recipe)
+    ]
+    return recipe, facts, tokenizer, stages

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from ..data import TokenRows
 from ..ops import give_back_freed_memory
+from ..plan import largest
 from .export import Exported, export_final
-from .loop import Run, agree, evaluate_and_record, save_checkpoint
+from .measuring import evaluate_and_record, measure, record
+from .parts import PAUSED, Run, agree
 from .report import write_report
+from .rundir import write_json
 from .samples import answer
+from .saving import save_checkpoint
 from .tracking import Summary
 
 PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
@@ -37,6 +41,53 @@ def first_measurements(run: Run) -> None:
     live_report(run)
 
 
+def begin_stage(run: Run, number: int) -> None:
+    """Make stage `number` the present one: its share of the budget, its reference model, its measurements.
+
+    What was the best of the stage before is not compared with what comes: it is another loss.
+    """
+    state = run.state
+    state.stage, state.stage_began = number, state.step
+    stage = run.stage
+    run.clock.begin_stage(stage.end)
+    run.engine.loss_module.objective = stage.objective
+    if stage.objective.reference is not None:
+        stage.objective.reference.set(run.engine.loss_module.model)
+    if number == 0:
+        return
+    run.tracking.event("stage", text=f"{stage.name} begins at progress {run.clock.progress:.3f}")
+    run.screen.note(f"step {state.step}: {stage.name} begins, peak rate {stage.plan.learning_rate:.1e}")
+    state.best_score = state.best_eval_loss = None
+    state.best_step, state.evals_without_gain = -1, 0
+    if stage.plan.eval_rows:
+        evaluate_and_record(run, rows=stage.plan.eval_rows)
+    state.last_saved = -1
+    save_checkpoint(run)
+
+
+def pause(run: Run) -> None:
+    """Measure, save, and leave: the same command goes on from here, with what of the budget is left."""
+    state = run.state
+    if run.plan.eval_rows:
+        evaluate_and_record(run, rows=run.plan.eval_rows)
+    save_checkpoint(run)
+    live_report(run)
+    if run.is_main:
+        paused = {
+            "progress": run.clock.progress,
+            "step": state.step,
+            "seconds": run.clock.seconds,
+            "tokens": state.tokens,
+            "eval_loss": state.eval_loss,
+            "eval_loss_before": state.eval_loss_before,
+        }
+        write_json(run.run_dir.paused, paused)
+    run.tracking.event("stop", step=state.step, reason=PAUSED)
+    run.tracking.finish()
+    where = f"step {state.step}, progress {run.clock.progress:.2f}"
+    run.screen.note(f"paused at {where}; the same command goes on")
+
+
 def live_report(run: Run) -> None:
     """report.html as far as the run has come."""
     if run.is_main:
@@ -49,8 +100,7 @@ def finish(run: Run, reason: str) -> Summary:
     state = run.state
     run.clock.stop(reason)
     run.screen.status("landing: last evaluation, checkpoint, export")
-    if run.plan.eval_rows:
-        evaluate_and_record(run, rows=run.plan.eval_rows)
+    _last_measurements(run)
     answers = agree(run, lambda: _samples(run)) if run.is_main or run.accelerator.num_processes > 1 else []
     save_checkpoint(run)
     exported = _export(run)
@@ -60,6 +110,7 @@ def finish(run: Run, reason: str) -> Summary:
     run.tracking.event("stop", step=state.step, reason=reason)
     summary = summarise(run, reason, exported)
     with _timed(run, "report"):
+        run.run_dir.paused.unlink(missing_ok=True)
         summary.write(run.run_dir.summary)
         write_report([run.run_dir.path], run.run_dir.report)
     run.tracking.finish(summary)
@@ -72,9 +123,21 @@ def finish(run: Run, reason: str) -> Summary:
     return summary
 
 
+def _last_measurements(run: Run) -> None:
+    """The present stage; and the first one where that was another, for its loss is the run's."""
+    if run.plan.eval_rows:
+        evaluate_and_record(run, rows=run.plan.eval_rows)
+    first = run.stages[0]
+    if run.state.stage > 0 and first.plan.eval_rows:
+        result = measure(run, first, rows=first.plan.eval_rows)
+        record(run, first, result)
+        run.state.eval_loss = result.loss
+
+
 def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
     """The whole result in one object; what could not be measured is None."""
-    state, plan, clock = run.state, run.plan, run.clock
+    state, clock = run.state, run.clock
+    predicted = largest([stage.plan for stage in run.stages])
     # by place in memory: the tables of bitsandbytes are in the state of every tensor, and there once
     held = {
         value.data_ptr(): value.nbytes
@@ -99,14 +162,16 @@ def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
         tokens_per_second=state.tokens / state.step_seconds if state.step_seconds else None,
         peak_device_bytes=run.memory.peak_device_bytes,
         peak_host_bytes=run.memory.peak_host_bytes,
-        predicted_device_bytes=plan.predicted_device_bytes,
-        predicted_host_bytes=plan.predicted_host_bytes,
+        predicted_device_bytes=predicted["device"].get("total"),
+        predicted_host_bytes=predicted["host"]["total"],
         optimizer_state_bytes=optimizer_bytes,
         disk_bytes_written=psutil.Process().io_counters().write_bytes if psutil.LINUX else None,
         energy_joules=clock.joules,
         cost=clock.cost,
         resumed_from=run.resumed_from,
         final_path=None if exported is None else str(exported.path),
+        legs=len(run.legs) + 1,
+        energy_source=clock.energy_source,
     )
 
 
@@ -126,7 +191,8 @@ def _timed(run: Run, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def _samples(run: Run) -> list[str]:
-    count = min(run.recipe.eval.samples, len(run.data.eval_prompts))
+    prompts = run.stages[0].data.eval_prompts  # the same before and after, whatever was trained last
+    count = min(run.recipe.eval.samples, len(prompts))
     if not count:
         return []
     remaining = run.clock.remaining_seconds()
@@ -137,19 +203,19 @@ def _samples(run: Run) -> list[str]:
         return answer(
             run.engine.loss_module.model,
             run.tokenizer,
-            run.data.eval_prompts[:count],
+            prompts[:count],
             max_new_tokens=run.recipe.eval.max_new_tokens,
             max_seconds=None if spare is None else spare + known,
         )
 
 
 def _write_samples(run: Run, after: list[str]) -> dict[str, list[dict[str, str]]]:
+    data = run.stages[0].data
+
     def entries(answers: list[str]) -> list[dict[str, str]]:
         return [
             {"prompt": prompt[-1]["content"], "reference": reference, "answer": text}
-            for prompt, reference, text in zip(
-                run.data.eval_prompts, run.data.eval_references, answers, strict=False
-            )
+            for prompt, reference, text in zip(data.eval_prompts, data.eval_references, answers, strict=False)
         ]
 
     samples = {"before": entries(run.state.samples_before), "after": entries(after)}
@@ -160,6 +226,7 @@ def _write_samples(run: Run, after: list[str]) -> dict[str, list[dict[str, str]]
 def _export(run: Run) -> Exported | None:
     wanted = run.recipe.export.final or "merged"
     exported = None
+    rows = run.stages[0].data
     if run.is_main and wanted != "none":
         run.engine.end_training()
         give_back_freed_memory()  # the last step's activations, before a second model is loaded
@@ -169,7 +236,7 @@ def _export(run: Run) -> Exported | None:
                 run.tokenizer,
                 run.run_dir.final,
                 merged=wanted == "merged",
-                probe=probe_tokens(run.data.eval if len(run.data.eval) else run.data.train),
+                probe=probe_tokens(rows.eval if len(rows.eval) else rows.train),
                 card=model_card(run),
                 autocast=run.plan.autocast,
             )

@@ -12,8 +12,9 @@ from ..checkpoint import Checkpoint, newest, open_checkpoint
 from ..data import prepare
 from ..models import load_tokenizer, read_facts
 from ..plan import Plan
+from ..recipes import SftObjective
 from ..recipes.errors import UserError
-from .assembly import build_engine
+from .assembly import build_engine, takes_pairs
 from .export import export_final
 from .inspect import run_recipe
 from .landing import probe_tokens
@@ -28,7 +29,9 @@ def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> N
     if to not in ("merged", "adapter"):
         raise UserError(f"--to {to} is not an export.  Allowed: merged, adapter")
     quiet_libraries()
-    recipe = run_recipe(run)
+    trained = run_recipe(run)
+    # No loss is computed: what the run minimised may need a reference or a teacher.
+    recipe = trained.model_copy(update={"objective": SftObjective()})
     if to == "adapter" and recipe.adapter is None:
         raise UserError(f"{run} trained every weight and has no adapter.  Try: --to merged")
     if not (run / "plan.json").is_file():
@@ -40,7 +43,13 @@ def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> N
     chosen = _choose(run, checkpoint, console)
     facts = read_facts(recipe.model)
     tokenizer = load_tokenizer(facts, recipe.model)
-    data = prepare(recipe.data, tokenizer, seed=recipe.train.seed, max_length=facts.max_positions)
+    data = prepare(
+        recipe.data,
+        tokenizer,
+        seed=recipe.train.seed,
+        max_length=facts.max_positions,
+        preferences=takes_pairs(trained),
+    )
     plan = Plan.from_json((run / "plan.json").read_text(encoding="utf-8"))
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     engine, _ = build_engine(recipe, plan, facts, data, accelerator, chosen)

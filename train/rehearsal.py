@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import random_state, set_random_state
 from ..plan.refusal import gigabytes, parts_text
 from ..recipes.errors import BudgetError, in_columns
-from .loop import Run
+from .parts import Run
 
 
 def rehearse(run: Run) -> None:
@@ -21,13 +21,14 @@ def rehearse(run: Run) -> None:
     """
     run.screen.status("trying the longest step")
     boundary = random_state()
-    order, accelerator = run.order, run.accelerator
+    stage, accelerator = run.stage, run.accelerator
+    order = stage.order
     worst = order.longest_step()
     mine = worst.micro_batches[accelerator.process_index :: accelerator.num_processes]
-    module = run.engine.loss_module.train()
-    batches = [module.objective.collate(run.data.train, rows, packed=order.packed) for rows in mine]
+    run.engine.loss_module.train()
+    batches = [stage.objective.collate(stage.data.train, rows, packed=order.packed) for rows in mine]
     with run.engine.rehearsal():
-        run.engine.forward_backward(batches, worst.trained_tokens, interrupted=lambda: False)
+        run.engine.forward_backward(batches, stage.count(worst), interrupted=lambda: False)
     run.engine.optimizer.zero_grad(set_to_none=True)
     set_random_state(boundary)
 
@@ -46,14 +47,15 @@ def memory_explained(run: Run) -> Iterator[None]:
 
 def _too_little(run: Run) -> BudgetError:
     plan, used = run.plan, run.memory.peak_device_bytes or 0
+    longest = min(plan.longest_row, plan.max_length)
     parts = {name: size for name, size in plan.memory["device"].items() if name != "total"}
     limit = plan.memory_limits.get("device")
     if not plan.activation_checkpointing and run.recipe.train.wta_crs_ratio is None:
         change = "train.activation_checkpointing=true"
-    elif plan.micro_tokens > plan.longest_row:
+    elif plan.micro_tokens > longest:
         change = f"train.gradient_accumulation_steps={2 * plan.accumulation}"
     else:
-        change = f"data.max_length={plan.longest_row // 2}"
+        change = f"data.max_length={longest // 2}"
     rows = [
         (
             "out of memory",

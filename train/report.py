@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from . import report_details as details
+from . import report_legs as parts_of_budget
 from . import report_sections as sections
 from .report_data import RunData, read_run
 from .report_html import Html, el
@@ -55,6 +56,8 @@ def _single(run: RunData) -> str:
         sections.header(runs),
         sections.warnings(runs),
         sections.headline(run),
+        parts_of_budget.legs(run),
+        parts_of_budget.stages(run),
         sections.curves(runs),
         sections.samples(runs),
         sections.memory(runs),

@@ -50,10 +50,11 @@ def line_chart(
     zero: bool = False,
     wide: bool = False,
     note: str = "",
+    marks: Sequence[tuple[float, str]] = (),
 ) -> Html:
     """A figure with curves over seconds; empty when there is nothing to draw.
 
-    `kind` says how values are written (a key of FORMATS); `zero` makes the axis begin at 0.
+    `marks` are upright lines at some seconds, each with its word. `kind` says how values are written (a key of FORMATS); `zero` makes the axis begin at 0.
     """
     series = [one for one in series if len(one.xs) > 0]
     if not series:
@@ -66,12 +67,14 @@ def line_chart(
         el("span", FORMATS[kind](tick), style=f"bottom:{_percent((tick - bottom) / (top - bottom))}")
         for tick in y_ticks
     ]
+    words = [el("span", word, style=f"left:{_percent(x / x_end)}") for x, word in marks if x <= x_end]
     x_labels = [el("span", time_label(tick), style=f"left:{_percent(tick / x_end)}") for tick in x_ticks]
     keys = [el("span", one.name, cls=f"key {one.style}", style=color(one.color)) for one in series]
     aside = [el("span", note, cls="note")] if note else []
     svg = el(
         "svg",
         el("g", *grid, cls="grid"),
+        el("g", *(_mark_line(round(SCALE * x / x_end)) for x, _ in marks if x <= x_end), cls="marks"),
         *curves,
         viewBox=f"0 0 {SCALE} {SCALE}",
         preserveAspectRatio="none",
@@ -83,6 +86,7 @@ def line_chart(
         el("div", *y_labels, cls="ys"),
         svg,
         el("div", *x_labels, cls="xs"),
+        *([el("div", *words, cls="words")] if words else []),
         cls="plot",
         data_x=repr(x_end),
         data_y0=repr(bottom),
@@ -204,6 +208,10 @@ def _curve(one: Series, x_end: float, bottom: float, top: float) -> Html:
 
 def _grid_line(y: int) -> Html:
     return el("line", x1=0, x2=SCALE, y1=y, y2=y)
+
+
+def _mark_line(x: int) -> Html:
+    return el("line", x1=x, x2=x, y1=0, y2=SCALE)
 
 
 def _y(value: float, bottom: float, top: float) -> int:

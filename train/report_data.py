@@ -16,7 +16,7 @@ from .tracking import read_jsonl
 
 MOST_METRICS = 4000  # more records than pixels only cost time
 BUDGETS = ("time", "cost", "energy", "tokens", "steps", "epochs")
-KINDS = ("load", "data", "train", "eval", "samples", "save", "export", "report", "other")
+KINDS = ("load", "data", "teacher", "train", "eval", "samples", "save", "export", "report", "other")
 
 
 @dataclass
@@ -30,6 +30,10 @@ class RunData:
     plan: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
+    legs: list[dict[str, Any]] = field(default_factory=list)
+    """Extensions, from legs.json."""
+    landed: list[dict[str, Any]] = field(default_factory=list)
+    """Summaries of the legs that an extension followed."""
     resolved: str = ""
 
     @property
@@ -96,7 +100,10 @@ class RunData:
     def evals(self) -> list[dict[str, Any]]:
         """Held-out evaluations in order, without those of steps that a resume made again."""
         found: list[dict[str, Any]] = []
+        first = next((event.get("stage") for event in self.events if event.get("event") == "eval"), None)
         for event in self.events:
+            if event.get("event") == "eval" and event.get("stage") != first:
+                continue  # another loss
             step = event.get("step") or 0
             if event.get("event") == "resume":
                 found = [point for point in found if point["step"] <= step]
@@ -180,6 +187,27 @@ class RunData:
         return {kind: seconds for kind, seconds in spent.items() if seconds >= 0.05}
 
     @property
+    def marks(self) -> list[tuple[float, str]]:
+        """(seconds, word) where an extension or a stage began."""
+        found = []
+        for event in self.events:
+            if event.get("event") == "extend":
+                found.append((float(event.get("seconds") or 0.0), str(event.get("rule"))))
+            elif event.get("event") == "stage":
+                found.append((float(event.get("seconds") or 0.0), str(event.get("text")).split(" ")[0]))
+        return found
+
+    @property
+    def stage_evals(self) -> dict[str, list[dict[str, Any]]]:
+        """Evaluations of the stages after the first, by stage: all metrics, with step and seconds."""
+        first = next((e.get("stage") for e in self.events if e.get("event") == "eval"), None)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for event in self.events:
+            if event.get("event") == "eval" and event.get("stage") not in (None, first):
+                found.setdefault(str(event["stage"]), []).append(event)
+        return found
+
+    @property
     def warnings(self) -> list[dict[str, Any]]:
         """Warning events."""
         return [event for event in self.events if event.get("event") == "warning"]
@@ -196,6 +224,8 @@ def read_run(path: Path) -> RunData:
         plan=_object(path / "plan.json"),
         environment=_object(path / "environment.json"),
         samples=_object(path / "samples.json"),
+        legs=_list(path / "legs.json"),
+        landed=[_object(file) for file in sorted(path.glob("summary-[0-9]*.json"))],
         resolved=_text(path / "resolved.yaml"),
     )
     if not (run.metrics or run.events or run.summary or run.plan):
@@ -219,6 +249,15 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _list(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of objects; a missing or torn file is an empty one."""
+    try:
+        value = json.loads(_text(path) or "[]")
+    except ValueError:
+        return []
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _object(path: Path) -> dict[str, Any]:

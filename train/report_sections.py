@@ -63,7 +63,8 @@ def headline(run: RunData) -> Html:
             beside = f"peak, predicted {bytes_text(predicted)}" if predicted else "peak"
             cards.append(_card(f"{tier} memory", bytes_text(peak), beside))
     if run.figure("energy_joules") is not None:
-        cards.append(_card("energy", energy_text(run.figure("energy_joules")), "measured"))
+        source = run.figure("energy_source") or "measured"
+        cards.append(_card("energy", energy_text(run.figure("energy_joules")), source))
     if run.figure("cost") is not None:
         cards.append(_card("cost", f"{run.figure('cost'):.2f}", "by the price given"))
     return el("div", *cards, cls="cards")
@@ -98,9 +99,11 @@ def comparison(runs: Sequence[RunData]) -> Html:
 def curves(runs: Sequence[RunData]) -> Html:
     """All charts, over wall-clock time."""
     several = len(runs) > 1
-    charts = [line_chart("Loss", _loss_series(runs), wide=True, note="over wall-clock time")]
+    marks = [] if several else runs[0].marks
+    charts = [line_chart("Loss", _loss_series(runs), wide=True, note="over wall-clock time", marks=marks)]
     for title, key, kind, smoothed in CHARTS:
-        charts.append(line_chart(title, _series(runs, key, smoothed), kind=kind, zero=True))
+        shown = _series(runs, key, smoothed)
+        charts.append(line_chart(title, shown, kind=kind, zero=True, marks=marks))
     memory = [
         Series(
             f"{run.name}, {tier}" if several else tier,

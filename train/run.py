@@ -9,30 +9,41 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint import check_identity, newest, run_identity, set_random_state
+from ..checkpoint import check_identity, newest, open_checkpoint, run_identity, set_random_state
 from ..data import Order
 from ..models import load_tokenizer, read_facts
 from ..ops import bound_kernel_cache, keep_freed_memory
-from ..recipes import Recipe, Resolved, load_recipe
-from ..recipes.errors import BudgetError
-from ..schedules import Clock, Limits, build_schedule, energy_counters
-from .assembly import build_engine, decide, fingerprint, headline, read_data
+from ..recipes import DistillObjective, Recipe, Resolved, load_recipe
+from ..schedules import Clock, Limits, energy_counters
+from .assembly import build_engine, fingerprint, teacher_of
+from .budget_file import BudgetFile
 from .environment import describe_environment
-from .landing import finish, first_measurements, live_report
-from .loop import Run, State, save_checkpoint, train_loop
+from .following import weight_decay_follower
+from .headline import headline
+from .landing import begin_stage, finish, first_measurements, live_report, pause
+from .legs import leg_schedule, read_legs
+from .loop import train_loop
 from .meters import Memory, gpu_uuids
+from .objectives import LossModule, build_objective
+from .parts import PAUSED, STAGE_OVER, Run, Stage, State
 from .rehearsal import memory_explained, rehearse
-from .rundir import RunDir
+from .restore import begin_leg, build_clock, load_weights, restore_clock
+from .rundir import RunDir, write_json
+from .saving import save_checkpoint
 from .screen import Screen, quiet_libraries
 from .signals import StopRequest, stop_on_signals
+from .stages import StagePlan, plan_stages
 from .trackers import open_trackers
-from .tracking import Tracking, read_jsonl
+from .tracking import Tracking
 
 
-def train_recipe(source: str, overrides: Sequence[str], *, fresh: bool, started: float) -> int:
-    """Carry out a recipe; returns the exit code: 0 landed, 130 or 143 saved after a signal.
+def train_recipe(
+    source: str, overrides: Sequence[str], *, fresh: bool, started: float, pause_at: float | None = None
+) -> int:
+    """Carry out a recipe; returns the exit code: 0 landed or paused, 130 or 143 saved after a signal.
 
-    started: of the user's command, on time.monotonic's axis. Raises ShoestringError of the fitting kind.
+    started: of the user's command, on time.monotonic's axis. pause_at: progress at which the run is measured,
+    saved and left. Raises ShoestringError of the fitting kind.
     """
     resolved = load_recipe(source, overrides)
     quiet_libraries()
@@ -52,13 +63,14 @@ def train_recipe(source: str, overrides: Sequence[str], *, fresh: bool, started:
             if fresh:
                 run_dir.clear()
         accelerator.wait_for_everyone()
-        if run_dir.summary.exists():
+        if run_dir.finished_legs() > len(read_legs(run_dir.legs)):
             screen.note(
                 f"{run_dir.path} holds a finished run: {run_dir.report}\n"
+                f"Give it more with: shoestring extend {run_dir.path} --budget 1h\n"
                 "Run it again from the start with --fresh, or into another folder with output_dir=runs/NAME"
             )
             return 0
-        return _train(resolved, accelerator, run_dir, screen, stop, started)
+        return _train(resolved, accelerator, run_dir, screen, stop, started, pause_at)
 
 
 def _train(
@@ -68,13 +80,24 @@ def _train(
     screen: Screen,
     stop: StopRequest,
     started: float,
+    pause_at: float | None,
 ) -> int:
     run = build(resolved, accelerator, run_dir, screen, stop, started)
+    run.pause_at = pause_at
     with memory_explained(run):
-        if accelerator.device.type == "cuda":
+        on_gpu = accelerator.device.type == "cuda"
+        if on_gpu:
             rehearse(run)
         first_measurements(run)
         reason = train_loop(run)
+        while reason == STAGE_OVER:
+            begin_stage(run, run.state.stage + 1)
+            if on_gpu:
+                rehearse(run)
+            reason = train_loop(run)
+    if reason == PAUSED:
+        pause(run)
+        return 0
     if stop() and reason == stop.name:
         saved = save_checkpoint(run)
         run.tracking.event("stop", step=run.state.step, reason=reason)
@@ -99,50 +122,44 @@ def build(
     recipe = resolved.recipe
     counters = energy_counters(gpu_uuids=gpu_uuids(accelerator.device))
 
-    def joules() -> float | None:
-        return sum(counter.joules() for counter in counters) if counters else None
-
     screen.status("reading model and data")
     facts = read_facts(recipe.model)
     tokenizer = load_tokenizer(facts, recipe.model)
-    data = read_data(recipe, facts, tokenizer, accelerator)
+    legs = read_legs(run_dir.legs)
+    checkpoint = newest(run_dir.path, screen.warn) if run_dir.holds_run() else None
+    plans = plan_stages(recipe, facts, tokenizer, accelerator, run_dir, checkpoint, started, screen)
     identity = run_identity(
         recipe.model_dump(mode="json"),
-        data=fingerprint(data.train),
+        data="+".join(fingerprint(stage.data.train) for stage in plans),
         base=facts.fingerprint,
         world_size=accelerator.num_processes,
     )
-    checkpoint = newest(run_dir.path, screen.warn) if run_dir.holds_run() else None
-    if checkpoint is not None:
-        check_identity(checkpoint.json("trainer")["identity"], identity, output_dir=run_dir.path)
-    plan = decide(recipe, facts, data, accelerator, run_dir, checkpoint, started, screen)
-    if plan.max_length < plan.longest_row:
-        data = read_data(recipe, facts, tokenizer, accelerator, max_length=plan.max_length)
-
-    schedule = build_schedule(recipe.schedule)
-    clock = Clock(
-        Limits.from_recipe(recipe.budget),
-        started=started,
-        joules=joules,
-        reserve_guess=plan.reserve_guess,
-        seconds_per_token_guess=plan.seconds_per_token,
-        warmup=schedule.warmup,
-    )
-    state = State()
     trainer: dict[str, Any] = {}
     if checkpoint is not None:
         trainer = checkpoint.json("trainer")
-        state = State(**trainer["state"])
-        state.last_saved = state.step
-        _restore_clock(clock, trainer["clock"], run_dir)
+        check_identity(trainer["identity"], identity, output_dir=run_dir.path, allow={"recipe.budget"})
+    state = State(**trainer["state"]) if checkpoint is not None else State()
+
+    budget_file = BudgetFile(run_dir.budget, legs[-1].given if legs else recipe.budget)
+    budget = budget_file.poll() or budget_file.given
+    schedule = leg_schedule(recipe.schedule, legs)
+    new_leg = checkpoint is not None and int(trainer["clock"].get("leg", 0)) < len(legs)
+    clock = build_clock(Limits.from_recipe(budget), plans, schedule, counters, started, new_leg=new_leg)
+    if checkpoint is not None:
+        restore_clock(clock, trainer["clock"], run_dir)
+    if new_leg:
+        clock.extend(Limits.from_recipe(budget))
     if accelerator.is_main_process:
-        run_dir.write_recipe(resolved)
-        run_dir.write_plan(plan.to_json())
+        if not legs:
+            run_dir.write_recipe(resolved)
+        for number, stage in enumerate(plans):
+            write_json(run_dir.plan_of(stage.name if number else None), stage.plan.to_json())
         run_dir.write_environment(describe_environment(device=str(accelerator.device)))
     title = "shoestring" if checkpoint is None else f"shoestring: resuming at step {state.step}"
-    screen.start(headline(recipe, plan, data, run_dir), title=title)
-    for line in data.report.lines():
-        screen.note(line)
+    screen.start(headline(recipe, plans, run_dir, budget, legs), title=title)
+    for stage in plans:
+        for line in stage.data.report.lines():
+            screen.note(line)
     tracking = _open_tracking(
         recipe,
         run_dir,
@@ -154,41 +171,74 @@ def build(
     )
     tracking.event("resume" if checkpoint else "start", step=state.step)
 
+    first = plans[0]
+    teacher = None
+    if isinstance(recipe.objective, DistillObjective):
+        with clock.spent("teacher"), tracking.timed("teacher"):
+            teacher = teacher_of(recipe, recipe.objective, first.plan, facts, first.data, accelerator, screen)
     screen.status("loading the model")
     with clock.spent("load"), tracking.timed("load"):
-        engine, fused = build_engine(recipe, plan, facts, data, accelerator, checkpoint)
-    for line in fused:
+        engine, done = build_engine(
+            first.recipe, first.plan, facts, first.data, accelerator, checkpoint, teacher=teacher
+        )
+    for line in done:
         tracking.event("fused", text=line)
         screen.note(line)
+    stages = [_stage(number, plan, engine.loss_module, recipe) for number, plan in enumerate(plans)]
+    follower = weight_decay_follower(engine.optimizer, recipe.schedule)
     run = Run(
         recipe=recipe,
-        plan=plan,
         accelerator=accelerator,
         engine=engine,
         tokenizer=tokenizer,
         schedule=schedule,
         clock=clock,
-        order=Order(data.train, seed=_data_seed(recipe), **plan.order_arguments()),
-        data=data,
+        stages=stages,
         run_dir=run_dir,
         tracking=tracking,
         screen=screen,
-        memory=Memory(accelerator.device, joules if counters else None),
+        memory=Memory(accelerator.device, (lambda: clock.joules) if counters else None),
         stop=stop,
         identity=identity,
         eval_due=clock.cadence(recipe.eval.every, "eval"),
         save_due=clock.cadence(recipe.checkpoint.every, "save"),
+        budget_file=budget_file,
+        legs=legs,
+        followers=[follower] if follower is not None else [],
         state=state,
         resumed_from=checkpoint.path.name if checkpoint else None,
     )
-    if checkpoint is not None:
+    if checkpoint is None:
+        begin_stage(run, 0)
+        return run
+    state.last_saved = state.step
+    if new_leg:
+        begin_leg(run)
+    else:
         run.eval_due.load_state_dict(trainer["eval_due"])
         run.save_due.load_state_dict(trainer["save_due"])
-        parts = {name: checkpoint.tensors(name) for name in ("trained", "optimizer")}
-        engine.load_state_dict(parts, {"optimizer": checkpoint.json("optimizer")})
-        for line in set_random_state(checkpoint.json("random")[accelerator.process_index]):
-            screen.warn(line)
+    source = checkpoint if not new_leg else open_checkpoint(run_dir.path / legs[-1].source)
+    load_weights(run, source)
+    for line in set_random_state(checkpoint.json("random")[accelerator.process_index]):
+        screen.warn(line)
     return run
+
+
+def _stage(number: int, plan: StagePlan, module: LossModule, recipe: Recipe) -> Stage:
+    objective = (
+        module.objective
+        if number == 0
+        else build_objective(plan.recipe.objective, module.model, adapter=recipe.adapter)
+    )
+    seed = recipe.train.seed if recipe.data.seed is None else recipe.data.seed
+    return Stage(
+        name=plan.name,
+        objective=objective,
+        data=plan.data,
+        plan=plan.plan,
+        order=Order(plan.data.train, seed=seed, **plan.plan.order_arguments()),
+        end=plan.end,
+    )
 
 
 def _open_tracking(
@@ -218,17 +268,3 @@ def _open_tracking(
         for line in trackers.warnings:
             screen.warn(line)
     return Tracking(run_dir, seconds=lambda: clock.seconds, after_step=step, trackers=trackers, active=active)
-
-
-def _restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> None:
-    """Also count what the stopped process spent after its last checkpoint, as far as its log tells."""
-    log = read_jsonl(run_dir.metrics)
-    lost = max(0.0, float(log[-1]["seconds"]) - float(saved["seconds"])) if log else 0.0
-    try:
-        clock.load_state_dict(saved, lost_seconds=lost)
-    except BudgetError:
-        clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
-
-
-def _data_seed(recipe: Recipe) -> int:
-    return recipe.train.seed if recipe.data.seed is None else recipe.data.seed

@@ -20,6 +20,11 @@ FILES = (
     "recipe.yaml",
     "resolved.yaml",
     "plan.json",
+    "plan-dpo.json",
+    "stages.json",
+    "legs.json",
+    "budget.yaml",
+    "paused.json",
     "environment.json",
     "metrics.jsonl",
     "events.jsonl",
@@ -77,6 +82,10 @@ class RunDir:
         self.recipe = self.path / "recipe.yaml"
         self.resolved = self.path / "resolved.yaml"
         self.plan = self.path / "plan.json"
+        self.stages = self.path / "stages.json"
+        self.legs = self.path / "legs.json"
+        self.budget = self.path / "budget.yaml"
+        self.paused = self.path / "paused.json"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
@@ -96,9 +105,9 @@ class RunDir:
         write_text(self.recipe, resolved.text)
         write_text(self.resolved, resolved.to_yaml())
 
-    def write_plan(self, plan: Any) -> None:
-        """plan.json; `plan` is a dataclass or a mapping."""
-        write_json(self.plan, plan)
+    def plan_of(self, stage: str | None) -> Path:
+        """plan.json of a run's first stage (None), plan-dpo.json of the stage `dpo`."""
+        return self.plan if stage is None else self.path / f"plan-{stage}.json"
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """environment.json; see `environment.describe_environment`."""
@@ -136,6 +145,15 @@ class RunDir:
         """True when an earlier start has left something to resume or to refuse here."""
         return self.resolved.exists() or any(self.path.glob(f"{CHECKPOINT}*"))
 
+    def finished_legs(self) -> int:
+        """How many of its budgets the run has landed; 0 where it has not finished yet."""
+        if not self.summary.exists():
+            return 0
+        try:
+            return int(json.loads(self.summary.read_text(encoding="utf-8")).get("legs", 1))
+        except (ValueError, AttributeError):
+            return 1  # a damaged summary is still one of a finished run
+
     def leftovers(self) -> list[Path]:
         """What a killed process left half-written here: temporary files and folders, by their names."""
         found = {*self.path.glob("*.tmp*"), *self.path.glob(".*.tmp*"), *self.path.glob("*.part")}
@@ -150,7 +168,8 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete what an earlier run wrote (`--fresh`) and nothing else. Call with the lock held."""
-        for path in [self.path / name for name in FILES] + list(self.path.glob(f"{CHECKPOINT}*")):
+        numbered = [*self.path.glob(f"{CHECKPOINT}*"), *self.path.glob("summary-[0-9]*.json")]
+        for path in [self.path / name for name in FILES] + numbered:
             _delete(path)
         self.remove_leftovers()
 

@@ -44,9 +44,12 @@ class Summary:
     optimizer_state_bytes: int | None = None
     disk_bytes_written: int | None = None
     energy_joules: float | None = None
+    energy_source: str | None = None
     cost: float | None = None
     resumed_from: str | None = None
     final_path: str | None = None
+    legs: int = 1
+    """Budgets that the run was given one after the other: one, and one more with each `shoestring extend`."""
 
     def write(self, path: Path) -> None:
         """Write summary.json, whole or not at all."""

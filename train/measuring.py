@@ -1,0 +1,85 @@
+"""Held-out measurements of a run: into its state, its events and its trackers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..recipes.errors import DivergedError, UserError
+from .evaluation import EvalResult, evaluate
+from .parts import Run, Stage
+
+RISING = frozenset({"accuracy", "margin", "chosen_reward"})
+"""Metrics of which more is better; of all others less is."""
+
+
+def measure(run: Run, stage: Stage, *, rows: int) -> EvalResult:
+    """The metrics of a stage's objective on its first `rows` held-out rows.
+
+    Raises DivergedError where the loss is not finite.
+    """
+    plan, module = stage.plan, run.engine.loss_module
+    before, module.objective = module.objective, stage.objective
+    try:
+        with run.clock.spent("eval"):
+            result = evaluate(
+                run.engine,
+                run.accelerator,
+                stage.data.eval.part(0, rows),
+                compared=plan.eval_rows_between,
+                micro_tokens=plan.micro_tokens,
+                micro_rows=plan.micro_rows,
+                packed=plan.packed,
+            )
+    finally:
+        module.objective = before
+    if not math.isfinite(result.loss):
+        step = run.state.step
+        advice = (
+            "Earlier checkpoints stand.  Try a lower rate: optimizer.learning_rate="
+            f"{run.plan.learning_rate / 3:.1e}"
+            if step
+            else "The model gives it before any training.  Try model.dtype=float32, or look at the rows: "
+            "shoestring check RECIPE"
+        )
+        raise DivergedError(f"step {step}: the held-out loss is {result.loss}\n  {advice}")
+    return result
+
+
+def evaluate_and_record(run: Run, *, rows: int) -> bool:
+    """Measure the present stage into state, events and trackers; True when it is the best so far."""
+    state = run.state
+    result = measure(run, run.stage, rows=rows)
+    wanted = run.recipe.eval.metric_for_best_model
+    if wanted not in result.metrics:
+        raise UserError(
+            f"eval.metric_for_best_model is {wanted!r}, which the objective does not measure; allowed: "
+            f"{', '.join(result.metrics)}"
+        )
+    score = result.comparable_loss if wanted == "loss" else result.metrics[wanted]
+    if wanted in RISING:
+        score = -score
+    improved = state.best_score is None or score < state.best_score
+    if improved:
+        state.best_score, state.best_eval_loss, state.best_step = score, result.loss, state.step
+    state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
+    if state.stage == 0:
+        state.eval_loss = result.loss
+    record(run, run.stage, result, "best" if improved else "")
+    return improved
+
+
+def record(run: Run, stage: Stage, result: EvalResult, remark: str = "") -> None:
+    """One event, and a line on the screen; of a run with several stages it names the stage."""
+    about: dict[str, Any] = {"stage": stage.name} if len(run.stages) > 1 else {}
+    run.tracking.event(
+        "eval", step=run.state.step, kind="eval", duration=result.seconds, **about, **result.metrics
+    )
+    others = "".join(
+        f", {name} {value:.3g}"
+        for name, value in result.metrics.items()
+        if name not in ("loss", "perplexity")
+    )
+    kind = f"{stage.name} loss" if about else "loss"
+    note = f" ({remark})" if remark else ""
+    run.screen.note(f"step {run.state.step}: held-out {kind} {result.loss:.4f}{others}{note}")

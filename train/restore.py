@@ -1,0 +1,71 @@
+"""A run that goes on: its clock, its weights, and what begins anew when it was given more budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..recipes.errors import BudgetError
+from ..schedules import Clock, Counter, Limits, Schedule
+from .parts import Run
+from .rundir import RunDir
+from .stages import StagePlan
+from .tracking import read_jsonl
+
+
+def build_clock(
+    limits: Limits,
+    stages: Sequence[StagePlan],
+    schedule: Schedule,
+    counters: Sequence[Counter],
+    started: float,
+    *,
+    new_leg: bool,
+) -> Clock:
+    """The clock of this leg; of a new one it has no limit until `extend` gives it one."""
+
+    def joules() -> float | None:
+        return sum(counter.joules() for counter in counters) if counters else None
+
+    first, last = stages[0].plan, stages[-1].plan
+    return Clock(
+        Limits(seconds=float("inf"), price_per_hour=limits.price_per_hour) if new_leg else limits,
+        started=started,
+        joules=joules,
+        energy_source=", ".join(counter.name for counter in counters) or None,
+        reserve_guess=last.reserve_guess,
+        seconds_per_token_guess=first.seconds_per_token,
+        warmup=schedule.warmup,
+    )
+
+
+def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> None:
+    """Also count what the stopped process spent after its last checkpoint, as far as its log tells."""
+    log = read_jsonl(run_dir.metrics)
+    lost = max(0.0, float(log[-1]["seconds"]) - float(saved["seconds"])) if log else 0.0
+    try:
+        clock.load_state_dict(saved, lost_seconds=lost)
+    except BudgetError:
+        clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
+
+
+def load_weights(run: Run, checkpoint: Checkpoint) -> None:
+    """Trained weights, the optimizer's state, and the reference model of a stage that has one."""
+    parts = {name: checkpoint.tensors(name) for name in ("trained", "optimizer")}
+    run.engine.load_state_dict(parts, {"optimizer": checkpoint.json("optimizer")})
+    reference = run.stage.objective.reference
+    if reference is not None:
+        reference.load_state_dict(checkpoint.tensors("reference"))
+
+
+def begin_leg(run: Run) -> None:
+    """Counters that a new leg starts anew. Evaluations and saves count from here."""
+    state = run.state
+    state.before_decay = None
+    state.evals_without_gain = 0
+    state.last_saved = -1
+    for cadence in (run.eval_due, run.save_due):
+        cadence.fired(state.step, 0.0, run.clock.seconds)
+    leg = run.legs[-1]
+    run.tracking.event("extend", rule=leg.rule, text=leg.why, source=leg.source, peak=leg.peak)

@@ -48,8 +48,8 @@ class Schedule:
 
     `schedule(x)` is the profile alone; `schedule.factor(permit)` is what the rate of a step is multiplied by.
     leaves_peak_at: the x at which `wsd` begins its last leg; None where a state before it is of no use.
-    whole_budget: x is progress through the budget, warm-up included, so that periods end at shares of the
-    budget; else it is progress after warm-up.
+    whole_budget: x is progress through the budget, or the stage, warm-up included, so that periods end at
+    shares of it; else it is progress after warm-up.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Schedule:
     def factor(self, permit: StepPermit) -> float:
         """Factor in [0, 1] for the step that `permit` allows: its share of the warm-up times the profile."""
         x = permit.annealed
-        if self.whole_budget and (x > 0.0 or permit.progress < 1.0):  # the only step of a run is not annealed
-            x = permit.progress
+        if self.whole_budget and (x > 0.0 or permit.place < 1.0):  # the only step of a run is not annealed
+            x = permit.place
         return permit.warmup * self(x)
 
 

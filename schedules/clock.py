@@ -147,7 +147,8 @@ class Clock(Spending):
             return StepPermit(False, self.progress, self._stage.level, annealed, stop)
         progress = min(1.0, max(self.progress, counted, timed))
         level = self._stage.level_at(progress, self._warmup)
-        permit = StepPermit(True, progress, level, self._stage.annealed(progress, self._warmup, level))
+        annealed = self._stage.annealed(progress, self._warmup, level)
+        permit = StepPermit(True, progress, level, annealed, place=self._stage.place(progress))
         self._running = Running(permit, epochs, began, self._spent)
         return permit
 

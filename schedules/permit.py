@@ -13,6 +13,7 @@ class StepPermit:
     "tokens", "steps", "epochs", or what the caller gave to `stopped`).
     progress: share of the training that this budget buys, in [0, 1], at the end of the step.
     warmup: level of the warm-up in [0, 1]. annealed: progress after warm-up, in [0, 1], for the profile.
+    place: progress through the stage, warm-up included, in [0, 1]; of a run with one stage it is `progress`.
     """
 
     go: bool
@@ -20,6 +21,7 @@ class StepPermit:
     warmup: float
     annealed: float
     stop_reason: str | None = None
+    place: float = 0.0
 
     def stopped(self, reason: str) -> "StepPermit":
         """The same point in the run, but the run ends here for `reason` (a signal, early stopping)."""

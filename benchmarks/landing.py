@@ -1,10 +1,10 @@
 """Landing: real runs, quiet and disturbed, against their budgets of time and money.
 
 A run lands when it ends at most max(1 %, 1 s) over its budget, leaves at most one step and 3 % of it unused
-(two seconds are allowed: what the export takes is a guess until it is done), and its last step has at most 2 %
-of the peak rate.
+(2.5 s are allowed: what the export takes is a guess until then), and its last step has at most 2 % of the
+peak rate.
 
-    python benchmarks/landing.py                  # about 38 minutes on 2 otherwise idle cores
+    python benchmarks/landing.py                  # about 30 minutes on 2 otherwise idle cores
     python benchmarks/landing.py --quick          # three rows
     python benchmarks/landing.py --only "stopped" # rows whose name has the word
 
@@ -156,17 +156,16 @@ def rows() -> list[Row]:
     wsd = ("schedule.name=wsd",)
     heavy = ("eval.every=10%", "checkpoint.every=10s")
     return [
-        *(quiet(seconds, seed) for seconds in (60, 120, 180) for seed in (42, 43)),
-        Row("linear", "profile", 90, overrides=("schedule.name=linear",)),
-        Row("cosine", "profile", 90, overrides=("schedule.name=cosine",)),
-        Row("wsd", "profile", 90, overrides=wsd),
-        Row("slow half way", "other programs", 120, disturb=burn),
-        Row("stopped 20 s", "SIGSTOP", 120, disturb=stop_for_20_seconds),
-        Row("killed and resumed", "kill -9", 150, DEMO, ("checkpoint.every=15s",), disturb=kill_and_resume),
-        Row("heavy evaluations", "evaluations", 120, overrides=heavy),
-        Row("cut to 100 s", "budget.yaml", 100, given="300s", disturb=give("100s\n", 0.1)),
-        Row("raised to 150 s", "budget.yaml", 150, given="100s", disturb=give("time: 150s\n", 0.5)),
-        Row("money", "money", 100, given="{cost: 0.1 USD, price: 3.6 USD/h}"),
+        *(quiet(seconds, seed) for seconds, seed in ((60, 42), (60, 43), (120, 42), (180, 42))),
+        Row("linear", "profile", 60, overrides=("schedule.name=linear",)),
+        Row("wsd", "profile", 60, overrides=wsd),
+        Row("slow half way", "other programs", 90, disturb=burn),
+        Row("stopped 20 s", "SIGSTOP", 100, disturb=stop_for_20_seconds),
+        Row("killed and resumed", "kill -9", 120, DEMO, ("checkpoint.every=15s",), disturb=kill_and_resume),
+        Row("heavy evaluations", "evaluations", 90, overrides=heavy),
+        Row("cut to 80 s", "budget.yaml", 80, given="240s", disturb=give("80s\n", 0.1)),
+        Row("raised to 120 s", "budget.yaml", 120, given="80s", disturb=give("time: 120s\n", 0.5)),
+        Row("money", "money", 80, given="{cost: 0.08 USD, price: 3.6 USD/h}"),
         Row("tiny 15 s", "many steps", 15, TINY),
         Row("tiny 30 s", "many steps", 30, TINY),
         Row("tiny 60 s", "many steps", 60, TINY),
@@ -229,7 +228,7 @@ def measure(run: Path, row: Row) -> dict[str, Any]:
     lands = (
         summary["stop_reason"] in ("time", "cost")
         and over * budget <= max(0.01 * budget, 1.0)
-        and -over * budget <= max(step + 0.03 * budget, 2.0)
+        and -over * budget <= max(step + 0.03 * budget, 2.5)
         and last <= 0.02
         and progress == sorted(progress)
     )

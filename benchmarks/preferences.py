@@ -1,8 +1,8 @@
 """One budget over supervised and preference data: SFT alone against SFT then DPO, GSM8K and SmolLM2-135M.
 
-Equal budgets in passes through the model: a token of DPO costs a third more than one of SFT, for the reference
-model's forward pass, so a run with DPO gets fewer tokens. LoRA, the plan's batch, SFT at `--rate`, DPO at a
-tenth of it. The last 100 pairs and the last 200 rows are kept out of training.
+Equal budgets in passes through the model: a token of DPO costs a third more than one of SFT, for the
+reference model's forward pass, so a run with DPO gets fewer tokens. LoRA, the plan's batch, SFT at `--rate`,
+DPO at a tenth of it. The last 100 pairs and the last 200 rows are kept out of training.
 
 Measured on the finished models: the loss of an answer's tokens on held-out rows; and on the held-out pairs
 the share whose chosen answer gained more probability over the untrained model than the rejected one.
@@ -144,14 +144,9 @@ def _share(command: list[str], run: Path, split: str, tokens: int) -> float:
         return 1.0
     if split != "auto":
         return float(split)
-    plan = [sys.executable, "-m", "shoestring.train.cli", "plan"]
-    done = subprocess.run(
-        [*plan[:-2], "-c", "from shoestring.train.cli import main; main()", "plan", *command[3:]]
-        + ["budget.time=null", f"budget.tokens={tokens}", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    verb = [sys.executable, "-c", "from shoestring.train.cli import main; main()", "plan"]
+    budget = ["budget.time=null", f"budget.tokens={tokens}", "--json"]
+    done = subprocess.run([*verb, *command[3:], *budget], capture_output=True, text=True, check=True)
     plans = json.loads(done.stdout[done.stdout.index("{") :])
     if "dpo" not in plans:
         return 1.0

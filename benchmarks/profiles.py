@@ -2,8 +2,8 @@
 
 Every profile gets 25 %, 50 % and 100 % of 64 steps of 512 tokens. With a quarter it is tried with seed 0 and
 three rates, and further ones until the best has worse neighbours on both sides; with half, with the two that
-were best there; with all, with the best of half. The best at each budget goes on to two more seeds. `constant`
-is the control: it never comes down.
+were best there; with all, with the best of half. The best at each budget goes on to two more seeds.
+`constant` is the control: it never comes down.
 LoRA of rank 16 on all linear layers, AdamW, bfloat16 base, packed rows, 10 % warm-up, norm clipped to 1.
 The held-out rows are the same for all. Tokens are counted and not seconds, so what else runs on the machine
 changes no loss. Each run is written to profiles.jsonl as it ends; a second start goes on from there.

@@ -126,7 +126,11 @@ def _watts_source(device: str) -> str | None:
 
         try:
             pynvml.nvmlInit()
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0))
+            board = pynvml.nvmlDeviceGetHandleByIndex(0)
+            try:
+                pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
+            except pynvml.NVMLError:
+                pynvml.nvmlDeviceGetPowerUsage(board)  # older boards: power is integrated
         except pynvml.NVMLError:
             return None
         return "nvml"

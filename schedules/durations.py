@@ -28,7 +28,7 @@ TREND = 1.1
 """Two rises in a row by more than this factor are expected to go on."""
 PACE_NOISE = 1.05
 """A change of the steps' pace by less than this factor is none."""
-MOST_SCALING = 2.0
+MOST_SCALING = 4.0
 """The steps' pace stretches or shrinks what was measured by at most this factor."""
 MOST_CORRECTION = 3.0
 """Evaluations shrink what was measured before the first step by at most this factor."""

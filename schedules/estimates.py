@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 MEMORY = 0.9
 """Share of the old estimate kept at each new observation."""
 STALL = 2.0
-"""An observation this many times the estimate is a stall until the next one confirms it."""
+"""An observation this many times the estimate is a stall until the next ones confirm it."""
 CARRIED = 0.1
 """Weight that an estimate keeps in the next process, which may run on another machine."""
 STEADY = 3
@@ -18,11 +19,16 @@ STEADY = 3
 
 @dataclass
 class Ema:
-    """Exponential mean without start-up bias; one stall is clipped, a lasting slowdown is soon believed."""
+    """Exponential mean without start-up bias; one stall is clipped, and a new speed is soon believed.
+
+    Where the median of the last three is off by more than `STALL`, they are the new speed: the mean begins
+    anew from it.
+    """
 
     total: float = 0.0
     weight: float = 0.0
     last: float = 0.0
+    recent: list[float] = field(default_factory=list)
 
     @property
     def value(self) -> float | None:
@@ -34,8 +40,12 @@ class Ema:
         value = self.value
         believed = observed if value is None else min(observed, max(STALL * value, self.last))
         self.last = observed
+        self.recent = [*self.recent[-2:], observed]
         self.total = MEMORY * self.total + (1 - MEMORY) * believed
         self.weight = MEMORY * self.weight + (1 - MEMORY)
+        middle = median(self.recent)
+        if len(self.recent) == 3 and not self.total / STALL <= middle * self.weight <= self.total * STALL:
+            self.total, self.weight = (1 - MEMORY) * middle, 1 - MEMORY
 
 
 @dataclass
@@ -81,8 +91,8 @@ class StepTime:
     def state_dict(self) -> dict[str, Any]:
         """Amounts, as plain values."""
         return {
-            "rate": vars(self.rate).copy(),
-            "overhead": vars(self.overhead).copy(),
+            "rate": asdict(self.rate),
+            "overhead": asdict(self.overhead),
             "learned": self.learned,
         }
 

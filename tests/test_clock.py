@@ -323,6 +323,17 @@ def test_one_stall_is_not_taken_for_the_new_speed_but_a_slowdown_is():
     assert clock.step_time.predict(100) == pytest.approx(4.0, rel=0.1)
 
 
+@pytest.mark.parametrize("pace", [0.02, 50.0])
+def test_a_wholly_different_speed_is_believed_after_two_steps(pace):
+    clock, hand = make(Limits(seconds=10_000.0))
+    for _ in range(30):
+        step(clock, hand, 1.0)
+    step(clock, hand, pace)
+    assert clock.step_time.predict(100) < 1.2
+    step(clock, hand, pace)
+    assert clock.step_time.predict(100) == pytest.approx(pace)
+
+
 def test_progress_never_falls_when_the_estimate_does():
     clock, hand = make(Limits(seconds=300.0))
     seen = []

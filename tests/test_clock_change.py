@@ -238,6 +238,13 @@ def test_a_stage_runs_warm_up_and_profile_once_over_its_part():
     assert [p.progress for p in first + second] == [(n + 1) / 100 for n in range(100)]
 
 
+def test_the_end_of_a_stage_is_reached_whatever_the_last_bit_of_a_float():
+    clock, hand = make(Limits(steps=10))
+    clock.begin_stage(0.1 + 0.2)  # a bit more than 0.3
+    assert [step(clock, hand, 1.0).annealed for _ in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0], abs=1e-9)
+    assert clock.progress < clock.stage_end
+
+
 def test_a_stage_of_a_timed_budget_ends_annealed_at_its_share_of_the_training():
     clock, hand = make(Limits(seconds=200.0), reserve_guess={"save": 5.0})
     clock.begin_stage(0.25)

@@ -56,7 +56,8 @@ def test_the_landing_is_as_large_as_the_largest_and_the_next_event_as_the_last()
 
 
 @pytest.mark.parametrize(
-    ("change", "factor"), [(1.3, 1.3 / 1.05), (0.5, 0.5 * 1.05), (1.04, 1.0), (0.97, 1.0), (9.0, 2.0)]
+    ("change", "factor"),
+    [(1.3, 1.3 / 1.05), (0.5, 0.5 * 1.05), (1.04, 1.0), (0.97, 1.0), (9.0, 4.0), (0.1, 0.25)],
 )
 def test_what_was_measured_changes_with_the_pace_of_the_steps(change, factor):
     durations = measured(10.0, pace=0.02)
@@ -80,6 +81,14 @@ def test_a_slow_start_is_seen_by_what_is_measured_again():
     assert durations.expected("samples") == pytest.approx(3.0 * MARGIN)
     durations.add("save", 1.0)
     assert durations.expected("save") == pytest.approx(1.0 * MARGIN)
+
+
+def test_a_start_was_at_most_three_times_slower():
+    durations = measured(60.0)
+    durations.add("samples", 9.0)
+    durations.set_pace(0.02)
+    durations.add("eval", 6.0)
+    assert durations.expected("samples") == pytest.approx(3.0 * MARGIN)
 
 
 def test_a_start_that_was_quick_proves_nothing():

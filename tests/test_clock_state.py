@@ -47,6 +47,17 @@ def test_an_event_that_would_fall_into_the_landing_is_left_out():
     assert clock.seconds + 10.0 <= 120.0
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(12.2, False), (12.7, True)])
+def test_after_an_event_a_step_must_fit_with_some_to_spare(seconds, runs):
+    clock, hand = make(Limits(seconds=20.0 + seconds), reserve_guess={"eval": 1.0})
+    cadence = clock.cadence(Every(steps=10), "eval")
+    spend(clock, hand, "eval", 5.0)
+    while clock.steps < 10:
+        step(clock, hand, 1.5)
+    # 1.4 steps of 1.5 s, the event and the landing of 5.15 s each make 12.4 s; 0.2 % is kept for noise.
+    assert clock.should_run(cadence) is runs
+
+
 def test_several_passed_multiples_are_one_event():
     clock, hand = make(Limits(tokens=10_000))
     cadence = clock.cadence(Every(share=0.1))

@@ -96,13 +96,20 @@ def train_loop(run: Run) -> str:
 def _permit(run: Run, step: Step) -> StepPermit:
     """The clock's decision, under the limits that stand at this moment."""
     changed = run.budget_file.poll()
+    warning = run.budget_file.take_warning()
     if changed is not None:
         try:
             line = run.clock.change(Limits.from_recipe(changed))
         except BudgetError as error:  # spent already: nothing is left but to land
             line = str(error)
-        run.tracking.event("budget", text=line)
-        run.screen.note(line)
+        except UserError as error:  # cannot be measured here: the old limits stand
+            line, warning = "", str(error)
+        if line:
+            run.tracking.event("budget", text=line)
+            run.screen.note(line)
+    if warning:
+        run.tracking.event("warning", text=warning)
+        run.screen.warn(warning)
     permit = run.clock.plan_step(step.tokens, step.epoch)
     return permit.stopped(run.stop.name) if run.stop() else permit
 
@@ -132,6 +139,9 @@ def _record(run: Run, loss: float, rate: float, grad_norm: float, tokens_per_sec
         "learning_rate": rate,
         "grad_norm": grad_norm,
         "tokens_per_second": tokens_per_second,
+        "epoch": state.epoch,
+        "cost": run.clock.cost,
+        "joules": run.clock.joules,
         **run.memory.now(),
     }
     if len(run.stages) > 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..recipes.errors import BudgetError
-from ..schedules import Clock, Counter, Limits, Schedule
+from ..schedules import Clock, Counter, Limits, Schedule, energy_source
 from .parts import Run
 from .rundir import RunDir
 from .stages import StagePlan
@@ -28,26 +28,31 @@ def build_clock(
     def joules() -> float | None:
         return sum(counter.joules() for counter in counters) if counters else None
 
-    first, last = stages[0].plan, stages[-1].plan
+    first = stages[0].plan
+    # At the end every stage is measured.
+    others = {f"eval {stage.name}": stage.plan.reserve_guess["eval"] for stage in stages[1:]}
     return Clock(
         Limits(seconds=float("inf"), price_per_hour=limits.price_per_hour) if new_leg else limits,
         started=started,
         joules=joules,
-        energy_source=", ".join(counter.name for counter in counters) or None,
-        reserve_guess=last.reserve_guess,
+        energy_source=energy_source(counters),
+        reserve_guess={**first.reserve_guess, **others},
         seconds_per_token_guess=first.seconds_per_token,
         warmup=schedule.warmup,
     )
 
 
-def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> None:
-    """Also count what the stopped process spent after its last checkpoint, as far as its log tells."""
+def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> str | None:
+    """Also count what the stopped process spent after its last checkpoint, as far as its log tells.
+
+    Returns one line where the budget is another than before.
+    """
     log = read_jsonl(run_dir.metrics)
     lost = max(0.0, float(log[-1]["seconds"]) - float(saved["seconds"])) if log else 0.0
     try:
-        clock.load_state_dict(saved, lost_seconds=lost)
+        return clock.load_state_dict(saved, lost_seconds=lost)
     except BudgetError:
-        clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
+        return clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
 
 
 def load_weights(run: Run, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from ..checkpoint import check_identity, newest, open_checkpoint, run_identity, set_random_state
 from ..data import Order
@@ -120,7 +121,7 @@ def build(
 ) -> Run:
     """Every part of the run, restored from the newest whole checkpoint where there is one."""
     recipe = resolved.recipe
-    counters = energy_counters(gpu_uuids=gpu_uuids(accelerator.device))
+    counters = energy_counters(gpu_uuids=gather_object(gpu_uuids(accelerator.device)))
 
     screen.status("reading model and data")
     facts = read_facts(recipe.model)
@@ -145,10 +146,12 @@ def build(
     schedule = leg_schedule(recipe.schedule, legs)
     new_leg = checkpoint is not None and int(trainer["clock"].get("leg", 0)) < len(legs)
     clock = build_clock(Limits.from_recipe(budget), plans, schedule, counters, started, new_leg=new_leg)
+    notes = [budget_file.take_warning()]
     if checkpoint is not None:
-        restore_clock(clock, trainer["clock"], run_dir)
+        notes.append(restore_clock(clock, trainer["clock"], run_dir))
     if new_leg:
         clock.extend(Limits.from_recipe(budget))
+        notes = notes[:1]
     if accelerator.is_main_process:
         if not legs:
             run_dir.write_recipe(resolved)
@@ -157,6 +160,9 @@ def build(
         run_dir.write_environment(describe_environment(device=str(accelerator.device)))
     title = "shoestring" if checkpoint is None else f"shoestring: resuming at step {state.step}"
     screen.start(headline(recipe, plans, run_dir, budget, legs), title=title)
+    for note in notes:
+        if note:
+            screen.note(note)
     for stage in plans:
         for line in stage.data.report.lines():
             screen.note(line)

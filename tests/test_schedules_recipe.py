@@ -158,7 +158,9 @@ def test_periods_end_at_shares_of_the_budget_whatever_the_warm_up() -> None:
 
 
 def test_a_run_of_one_step_is_not_annealed_away() -> None:
-    assert Schedule("any", linear, whole_budget=True).factor(StepPermit(True, 1.0, 1.0, 0.0, place=1.0)) == 1.0
+    assert (
+        Schedule("any", linear, whole_budget=True).factor(StepPermit(True, 1.0, 1.0, 0.0, place=1.0)) == 1.0
+    )
 
 
 # --- weight decay

@@ -171,8 +171,8 @@ def test_the_summary_has_exactly_the_fields_of_the_design(tmp_path: Path) -> Non
         "stop_reason", "steps", "tokens", "trained_tokens", "seconds", "budget", "final_progress",
         "final_learning_rate", "train_loss", "eval_loss_before", "eval_loss", "best_eval_loss",
         "tokens_per_second", "peak_device_bytes", "peak_host_bytes", "predicted_device_bytes",
-        "predicted_host_bytes", "optimizer_state_bytes", "disk_bytes_written", "energy_joules", "cost",
-        "resumed_from", "final_path",
+        "predicted_host_bytes", "optimizer_state_bytes", "disk_bytes_written", "energy_joules",
+        "energy_source", "cost", "resumed_from", "final_path", "legs",
     ]  # fmt: skip
     Summary(stop_reason="time", budget={"time": {"given": 180.0, "used": 179.2}}).write(
         tmp_path / "summary.json"

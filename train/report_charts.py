@@ -54,7 +54,8 @@ def line_chart(
 ) -> Html:
     """A figure with curves over seconds; empty when there is nothing to draw.
 
-    `marks` are upright lines at some seconds, each with its word. `kind` says how values are written (a key of FORMATS); `zero` makes the axis begin at 0.
+    `marks` are upright lines at some seconds, each with its word. `kind` says how values are written (a key
+    of FORMATS); `zero` makes the axis begin at 0.
     """
     series = [one for one in series if len(one.xs) > 0]
     if not series:

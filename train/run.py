@@ -29,7 +29,7 @@ from .objectives import LossModule, build_objective
 from .parts import PAUSED, STAGE_OVER, Run, Stage, State
 from .rehearsal import memory_explained, rehearse
 from .restore import begin_leg, build_clock, load_weights, restore_clock
-from .rundir import RunDir, write_json
+from .rundir import RunDir
 from .saving import save_checkpoint
 from .screen import Screen, quiet_libraries
 from .signals import StopRequest, stop_on_signals
@@ -156,7 +156,7 @@ def build(
         if not legs:
             run_dir.write_recipe(resolved)
         for number, stage in enumerate(plans):
-            write_json(run_dir.plan_of(stage.name if number else None), stage.plan.to_json())
+            run_dir.write_plan(stage.plan.to_json(), stage.name if number else None)
         run_dir.write_environment(describe_environment(device=str(accelerator.device)))
     title = "shoestring" if checkpoint is None else f"shoestring: resuming at step {state.step}"
     screen.start(headline(recipe, plans, run_dir, budget, legs), title=title)

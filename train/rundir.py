@@ -109,6 +109,10 @@ class RunDir:
         """plan.json of a run's first stage (None), plan-dpo.json of the stage `dpo`."""
         return self.plan if stage is None else self.path / f"plan-{stage}.json"
 
+    def write_plan(self, plan: Any, stage: str | None = None) -> None:
+        """The plan of a stage, see `plan_of`; `plan` is a dataclass or a mapping."""
+        write_json(self.plan_of(stage), plan)
+
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """environment.json; see `environment.describe_environment`."""
         write_json(self.environment, environment)
@@ -150,7 +154,7 @@ class RunDir:
         if not self.summary.exists():
             return 0
         try:
-            return int(json.loads(self.summary.read_text(encoding="utf-8")).get("legs", 1))
+            return int(json.loads(self.summary.read_text(encoding="utf-8")).get("legs") or 1)
         except (ValueError, AttributeError):
             return 1  # a damaged summary is still one of a finished run
 

@@ -48,7 +48,7 @@ class Summary:
     cost: float | None = None
     resumed_from: str | None = None
     final_path: str | None = None
-    legs: int = 1
+    legs: int | None = None
     """Budgets that the run was given one after the other: one, and one more with each `shoestring extend`."""
 
     def write(self, path: Path) -> None:

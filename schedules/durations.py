@@ -58,10 +58,19 @@ class Durations:
     pace: float | None = None
     early: float | None = None
 
-    def add(self, kind: str, seconds: float, *, size: float = 1.0, whole: bool = True) -> None:
-        """Count what was spent; learn from it only when whole, not cut short by an error."""
+    def add(
+        self,
+        kind: str,
+        seconds: float,
+        *,
+        size: float = 1.0,
+        whole: bool = True,
+        at_most: float | None = None,
+    ) -> None:
+        """Count what was spent; learn from it, up to at_most, only when whole, not cut short by an error."""
         self.totals[kind] = self.totals.get(kind, 0.0) + seconds
         if whole and size > 0:
+            seconds = seconds if at_most is None else min(seconds, at_most)
             self.measured.setdefault(kind, []).append(Measured(seconds / size, size, self.pace))
             del self.measured[kind][:-KEPT]
 

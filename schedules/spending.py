@@ -84,11 +84,12 @@ class Spending:
         return {name: {"given": given[name], "used": used} for name, used in self._amounts().items()}
 
     @contextmanager
-    def spent(self, kind: str, size: float = 1.0) -> Iterator[None]:
+    def spent(self, kind: str, size: float = 1.0, *, at_most: float | None = None) -> Iterator[None]:
         """Measure what is not a step: "load", "data", "eval", "samples", "save", "export", "report".
 
         Later ones of the same kind, and the reserve, are predicted from it, in proportion to `size` (rows of
-        an evaluation); the landing's is as large as the largest. An inner `spent` is not counted in the outer
+        an evaluation); the landing's is as large as the largest. at_most: seconds that are kept for the next
+        one at most, where it can be cut short. An inner `spent` is not counted in the outer
         one. What ends in an exception is counted but not learned from.
         """
         began, whole = self.seconds, False
@@ -103,7 +104,7 @@ class Spending:
                 self._open[-1] += total
             else:
                 self._spent += total
-            self.durations.add(kind, own, size=size, whole=whole)
+            self.durations.add(kind, own, size=size, whole=whole, at_most=at_most)
             if self.stop_reason is not None:
                 self._ahead.landed.add(kind)
 

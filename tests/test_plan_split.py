@@ -22,6 +22,15 @@ def test_above_preferences_get_a_growing_share_and_sft_never_less_than_a_tenth()
     assert found == [1.0, 0.8, 0.5, 0.2, 0.1, 0.1]
 
 
+def test_examples_that_the_budget_never_sees_do_not_count() -> None:
+    few = choose_split(7000, 600, 300_000, 40_000, None, sft_tokens=1_220_000)
+    assert few.share == 1.0
+    assert "the budget sees about 200 of 7,600 examples, fewer than 1,000" in few.reason
+    some = choose_split(7000, 600, 300_000, 400_000, None, sft_tokens=1_220_000)
+    assert some.share == pytest.approx(0.5)
+    assert choose_split(7000, 600, 300_000, 1.6e6, None, sft_tokens=1_220_000).share < 0.65
+
+
 def test_pairs_are_not_repeated_more_than_twice() -> None:
     found = choose_split(5000, 5000, 100_000, 1e6, None)
     assert found.share == pytest.approx(0.8)

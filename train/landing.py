@@ -25,6 +25,8 @@ from .saving import save_checkpoint
 from .tracking import Summary
 
 PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
+SAMPLES_OVER_GUESS = 3.0
+"""Times the plan's guess that is kept for the last answers at most, however long the first ones took."""
 
 
 def first_measurements(run: Run) -> None:
@@ -195,17 +197,28 @@ def _samples(run: Run) -> list[str]:
     count = min(run.recipe.eval.samples, len(prompts))
     if not count:
         return []
-    remaining = run.clock.remaining_seconds()
-    # The last answers may take what the landing does not need; the first ones are never hurried.
-    spare = None if run.state.step == 0 or remaining is None else max(1.0, remaining - run.clock.reserve)
-    known = run.clock.durations.expected("samples")
-    with _timed(run, "samples"), run.engine.averaged(), run.engine.precision():
+    clock = run.clock
+    remaining = clock.remaining_seconds()
+    # The last answers may take what the rest of the landing does not need, and make up for an evaluation that
+    # took longer than foreseen; the first ones are never hurried.
+    most = None
+    if run.state.step and remaining is not None:
+        most = max(1.0, remaining - clock.reserve + clock.durations.expected("samples"))
+    # The first answers warm the caches, and an untrained model talks longer: a poor measure of the last ones.
+    guess = clock.durations.guess.get("samples")
+    kept = None if guess is None else SAMPLES_OVER_GUESS * guess
+    with (
+        clock.spent("samples", at_most=kept),
+        run.tracking.timed("samples"),
+        run.engine.averaged(),
+        run.engine.precision(),
+    ):
         return answer(
             run.engine.loss_module.model,
             run.tokenizer,
             prompts[:count],
             max_new_tokens=run.recipe.eval.max_new_tokens,
-            max_seconds=None if spare is None else spare + known,
+            max_seconds=most,
         )
 
 

@@ -80,6 +80,7 @@ def divide(
             len(pairs.train.tokens),
             whole.tokens_in_budget,
             recipe.objective.split,
+            sft_tokens=len(rows.train.tokens),
         )
     planned: list[tuple[Draft, Plan]] = []
     for (name, part, data), share in zip(drafts, (split.share, 1.0 - split.share), strict=True):

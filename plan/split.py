@@ -2,7 +2,7 @@
 
 Findings (arXiv:2502.11284): with fewer than a thousand labelled examples all of them best go to SFT; above,
 a growing share of preferences; and SFT must never be left out. The curve in between is ours, and so is that
-examples count only as far as the budget sees them once: of 7,599 that a budget saw 240 of, a split by their
+examples count only as far as the budget sees them once: of 7,599 that a budget saw 176 of, a split by their
 number spent all but an eighth on pairs, and lost a quarter of a nat of held-out loss for nothing
 (benchmarks/preferences.py).
 """

@@ -165,7 +165,7 @@ def rows() -> list[Row]:
         Row("cut to 80 s", "budget.yaml", 80, given="240s", disturb=give("80s\n", 0.1)),
         Row("raised to 100 s", "budget.yaml", 100, given="70s", disturb=give("time: 100s\n", 0.5)),
         Row("money", "money", 60, given="{cost: 0.06 USD, price: 3.6 USD/h}"),
-        Row("tiny 15 s", "many steps", 15, TINY),
+        Row("tiny 25 s", "many steps", 25, TINY),
         Row("tiny 30 s", "many steps", 30, TINY),
         Row("tiny 45 s", "many steps", 45, TINY),
         Row("tiny wsd", "profile", 30, TINY, wsd),

@@ -56,13 +56,10 @@ def choose_split(
     if examples < FEW_EXAMPLES:
         return Split(
             1.0,
-            f"{known}, fewer than {FEW_EXAMPLES:,}: all of the budget for sft "
-            "(arXiv:2502.11284)",
+            f"{known}, fewer than {FEW_EXAMPLES:,}: all of the budget for sft (arXiv:2502.11284)",
         )
     share = min(max(FEW_EXAMPLES / examples, LEAST_SFT), 1.0)
-    reason = (
-        f"{known}: {share:.0%} for sft, and less the more there are, at least {LEAST_SFT:.0%}"
-    )
+    reason = f"{known}: {share:.0%} for sft, and less the more there are, at least {LEAST_SFT:.0%}"
     most = MOST_PAIR_EPOCHS * pair_tokens
     if (1.0 - share) * tokens_in_budget > most:
         share = 1.0 - most / tokens_in_budget

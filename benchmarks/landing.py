@@ -1,8 +1,7 @@
 """Landing: real runs, quiet and disturbed, against their budgets of time and money.
 
-A run lands when it ends at most max(1 %, 1 s) over its budget, leaves at most one step and 3 % of it unused
-(2.5 s are allowed: what the export takes is a guess until then), and its last step has at most 2 % of the
-peak rate.
+A run lands when it ends at most max(1 %, 1 s) over its budget, leaves at most one step and 3 % of it unused,
+and its last step has at most 2 % of the peak rate.
 
     python benchmarks/landing.py                  # about 30 minutes on 2 otherwise idle cores
     python benchmarks/landing.py --quick          # three rows
@@ -227,7 +226,7 @@ def measure(run: Path, row: Row) -> dict[str, Any]:
     lands = (
         summary["stop_reason"] in ("time", "cost")
         and over * budget <= max(0.01 * budget, 1.0)
-        and -over * budget <= max(step + 0.03 * budget, 2.5)
+        and -over * budget <= step + 0.03 * budget
         and last <= 0.02
         and progress == sorted(progress)
     )

@@ -96,7 +96,9 @@ def fixed_seconds(
         eval_between=eval_between_seconds,
         samples=max_new_tokens * token if samples else 0.0,
         save=defaults.SAVE_SECONDS + saved / rates.disk_write,
-        export=defaults.EXPORT_SECONDS + written / rates.disk_write,
+        export=defaults.EXPORT_SECONDS
+        + written / rates.disk_write
+        + max(written, sizes.unquantised) / defaults.EXPORT_BYTES_PER_SECOND,
         report=defaults.REPORT_SECONDS,
         teacher=teacher_seconds,
     )

@@ -173,7 +173,7 @@ def too_short(
         rows.append(
             (name, f"{(limits.joules or 0.0) / 3.6e6:g} kWh lasts {deadline:.0f} s at {watts:.0f} W, a guess")
         )
-        fix = f"budget.energy={ceil(needed * watts / 1e3)}kJ"
+        fix = f"budget.energy={ceil(ceil(needed / 10) * 10 * watts / 1e3)}kJ"
     elif name == "budget.cost":
         price = limits.price_per_hour or 0.0
         rows.append(("budget.cost", f"{limits.cost:g} buys {deadline:.0f} s at {price:g}/h"))

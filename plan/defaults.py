@@ -73,8 +73,8 @@ LOAD_SECONDS = 2.0
 LOAD_BYTES_PER_SECOND = 0.4e9
 SAVE_SECONDS = 0.3
 EXPORT_SECONDS = 0.2
-# Merging, reading back and comparing, beside the writing; measured with 135 M parameters on two cores. Where an
-# adapter is exported the base is still read for the comparison.
+# Merging, reading back and comparing, beside the writing; measured with 135 M parameters on two cores. Where
+# an adapter is exported the base is still read for the comparison.
 EXPORT_BYTES_PER_SECOND = 165e6
 REPORT_SECONDS = 3.0
 # One generated token reads all weights once, and pays this for the interpreter.

@@ -20,11 +20,14 @@ from .objectives import base_model
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the model lies, and how far its logits are from the trained model's on the same tokens."""
+    """Where the model lies, how far its logits are from the trained model's on the same tokens, and the model
+    as it was loaded again.
+    """
 
     path: Path
     kind: str
     comparison: dict[str, float | bool]
+    model: nn.Module
 
     @property
     def line(self) -> str:
@@ -70,12 +73,12 @@ def export_final(
         dtype = plain.dtype
         device = plain.device
         del model, plain
-        reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
+        reloaded: nn.Module = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
         comparison = compare_logits(reference, model_logits(reloaded, probe), dtype=dtype)
         kind = "merged" if has_adapter else "full"
     else:
         comparison = _compare_adapter(model, aside, reference, probe)
-        kind = "adapter"
+        kind, reloaded = "adapter", model
     tokenizer.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
     if not comparison["within_tolerance"]:
@@ -87,7 +90,7 @@ def export_final(
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)
-    return Exported(folder, kind, comparison)
+    return Exported(folder, kind, comparison, reloaded)
 
 
 @torch.no_grad()

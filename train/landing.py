@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import TokenRows
 from ..ops import give_back_freed_memory
 from ..plan import largest
 from .export import Exported, export_final
 from .measuring import evaluate_and_record, measure, record
-from .parts import PAUSED, Run, agree
+from .parts import PAUSED, Run
 from .report import write_report
 from .rundir import write_json
 from .samples import answer
@@ -25,8 +25,6 @@ from .saving import save_checkpoint
 from .tracking import Summary
 
 PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
-SAMPLES_OVER_GUESS = 3.0
-"""Times the plan's guess that is kept for the last answers at most, however long the first ones took."""
 
 
 def first_measurements(run: Run) -> None:
@@ -38,7 +36,7 @@ def first_measurements(run: Run) -> None:
         state.eval_loss_before = state.eval_loss
         state.evals_without_gain = 0
     if run.is_main and state.step == 0:
-        state.samples_before = _samples(run)
+        state.samples_before = _samples(run, run.engine.loss_module.model)
         _write_samples(run, [])
     live_report(run)
 
@@ -98,17 +96,20 @@ def live_report(run: Run) -> None:
 
 
 def finish(run: Run, reason: str) -> Summary:
-    """Evaluate, let it answer, save, export, report: the landing, for which the clock kept the reserve."""
+    """Evaluate, save, export, let it answer, report: the landing, for which the clock kept the reserve.
+
+    The answers come late since they alone can be cut short: they take up what the rest took too long.
+    """
     state = run.state
     run.clock.stop(reason)
     run.screen.status("landing: last evaluation, checkpoint, export")
     _last_measurements(run)
-    answers = agree(run, lambda: _samples(run)) if run.is_main or run.accelerator.num_processes > 1 else []
     save_checkpoint(run)
     exported = _export(run)
     if not run.is_main:
         return Summary()
-    samples = _write_samples(run, answers)
+    answering = run.engine.loss_module.model if exported is None else exported.model
+    samples = _write_samples(run, _samples(run, answering))
     run.tracking.event("stop", step=state.step, reason=reason)
     summary = summarise(run, reason, exported)
     with _timed(run, "report"):
@@ -192,29 +193,28 @@ def _timed(run: Run, kind: str) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _samples(run: Run) -> list[str]:
+def _samples(run: Run, model: nn.Module) -> list[str]:
     prompts = run.stages[0].data.eval_prompts  # the same before and after, whatever was trained last
     count = min(run.recipe.eval.samples, len(prompts))
     if not count:
         return []
     clock = run.clock
     remaining = clock.remaining_seconds()
-    # The last answers may take what the rest of the landing does not need, and make up for an evaluation that
-    # took longer than foreseen; the first ones are never hurried.
+    # The last answers may take what the rest of the landing does not need; the first ones are never hurried.
     most = None
     if run.state.step and remaining is not None:
-        most = max(1.0, remaining - clock.reserve + clock.durations.expected("samples"))
-    # The first answers warm the caches, and an untrained model talks longer: a poor measure of the last ones.
-    guess = clock.durations.guess.get("samples")
-    kept = None if guess is None else SAMPLES_OVER_GUESS * guess
+        expected = clock.durations.expected("samples")
+        most = max(expected / 2, remaining - clock.reserve + expected)
     with (
-        clock.spent("samples", at_most=kept),
+        # The first answers warm the caches, and an untrained model talks longer: what they take beyond the
+        # plan's guess is not kept for the last ones.
+        clock.spent("samples", at_most=clock.durations.guess.get("samples")),
         run.tracking.timed("samples"),
         run.engine.averaged(),
         run.engine.precision(),
     ):
         return answer(
-            run.engine.loss_module.model,
+            model,
             run.tokenizer,
             prompts[:count],
             max_new_tokens=run.recipe.eval.max_new_tokens,

@@ -81,7 +81,11 @@ def step_tensors(
                 eps,
             )
         for i in members:
-            if i not in quick:
+            if i in quick:
+                continue
+            if _has_quick_master(weights[i], states[i]):
+                _through_master(weights[i], grads[i], states[i], group, step, eps)
+            else:
                 _chunked(weights[i], grads[i], states[i], group, step, eps, noise(i))
 
 
@@ -91,6 +95,27 @@ def _is_quick(weight: Tensor, grad: Tensor, state: State) -> bool:
         and weight.dtype in (torch.float32, torch.float64)
         and weight.device.type in _FUSED
     )
+
+
+def _has_quick_master(weight: Tensor, state: State) -> bool:
+    """Whether the fused kernel can step the float32 copy of a narrow weight."""
+    return "master" in state and state["exp_avg"].dtype == torch.float32 and weight.device.type in _FUSED
+
+
+def _through_master(
+    weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], step: int, eps: float
+) -> None:
+    whole = weight if weight.is_contiguous() else weight.contiguous()
+    flat, flat_grad, master = whole.view(-1), grad.reshape(-1), state["master"].view(-1)
+    moments = {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
+    size = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
+    for first in range(0, flat.numel(), size):
+        part = slice(first, min(first + size, flat.numel()))
+        parts = {key: value[part] for key, value in moments.items()}
+        _fused([master[part]], [flat_grad[part].float()], [parts], group, step, eps)
+        flat[part].copy_(master[part])
+    if whole is not weight:
+        weight.copy_(whole)
 
 
 def _fused(

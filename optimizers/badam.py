@@ -56,6 +56,8 @@ class BAdam(MatrixOptimizer):
     names without layers, and for tensors without names.
     """
 
+    steps_alone = False
+
     def __init__(
         self,
         params: Iterable[Any],

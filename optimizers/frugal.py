@@ -117,6 +117,7 @@ class FRUGAL(MatrixOptimizer):
         if state_free not in _RULES:
             raise ValueError(f"state_free is {state_free!r}; allowed: {', '.join(map(repr, _RULES))}")
         self.product_dtype = product_dtype
+        self.steps_alone = projection != "blocks"  # whose state wanders from matrix to matrix
         super().__init__(
             params,
             lr=lr,

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ from .matrix import MatrixOptimizer
 from .moments import computing_dtype
 
 _LAST_NORM = "norm_of_last_backward"
+
+
+@runtime_checkable
+class StepsAlone(Protocol):
+    """An optimizer that can step one parameter without the others."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any:
+        """All that have a gradient."""
+
+    def step_parameter(self, parameter: Tensor) -> None:
+        """One alone."""
 
 
 @dataclass
@@ -115,7 +128,7 @@ class BackwardStepper:
 
 @contextmanager
 def step_in_backward(
-    optimizer: torch.optim.Optimizer, max_grad_norm: float | None = None
+    optimizer: torch.optim.Optimizer | StepsAlone, max_grad_norm: float | None = None
 ) -> Iterator[BackwardPass]:
     """Inside, one `loss.backward()` steps every weight of `optimizer` and frees its gradient.
 
@@ -150,7 +163,7 @@ def measure_in_backward(parameters: Iterable[Tensor]) -> Iterator[BackwardPass]:
 
 
 @contextmanager
-def _stepping(optimizer: MatrixOptimizer, scale: Callable[[float], float]) -> Iterator[BackwardPass]:
+def _stepping(optimizer: StepsAlone, scale: Callable[[float], float]) -> Iterator[BackwardPass]:
     """scale(norm of a gradient): the factor that it is clipped by."""
     done = BackwardPass()
 
@@ -210,9 +223,10 @@ def _each_gradient(
             handle.remove()
 
 
-def _checked(optimizer: torch.optim.Optimizer) -> MatrixOptimizer:
-    if not isinstance(optimizer, MatrixOptimizer):
-        kind = type(optimizer)
+def _checked(optimizer: torch.optim.Optimizer | StepsAlone) -> StepsAlone:
+    inner = getattr(optimizer, "inner", optimizer)  # of one whose state lives elsewhere
+    if not (isinstance(inner, MatrixOptimizer) and isinstance(optimizer, StepsAlone)):
+        kind = type(inner)
         raise TypeError(
             f"{kind.__module__}.{kind.__qualname__} steps all its tensors at once and cannot step inside the "
             "backward pass; the optimizers of shoestring.optimizers can (for AdamW: low_bit_adamw.AdamW)"
@@ -226,11 +240,11 @@ def _checked(optimizer: torch.optim.Optimizer) -> MatrixOptimizer:
     return optimizer
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: StepsAlone) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _cuda_devices(optimizer: torch.optim.Optimizer) -> list[int]:
+def _cuda_devices(optimizer: StepsAlone) -> list[int]:
     return sorted({p.device.index for p in _parameters(optimizer) if p.device.type == "cuda"})
 
 

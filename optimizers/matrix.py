@@ -46,6 +46,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     matrix_keys: tuple[str, ...] = ("rank",)
     every_tensor = False
     """Whether the rule is for tensors of all kinds, so that AdamW takes none."""
+    steps_alone = True
+    """Whether a step is no more than the steps of its tensors, in any order, each with its own state."""
 
     def __init__(
         self,
@@ -158,6 +160,34 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The step of one parameter alone: what a hook in the backward pass calls."""
         self._advance(self._place(parameter)[1], [parameter])
 
+    def fresh_state(self, weight: Tensor, group: Group) -> State:
+        """What a tensor of `group` starts with; of one on the meta device, shapes and types alone."""
+        state: State = {}
+        if group["kind"] == "adamw":
+            adamw.new_state(state, weight, group)
+            return state
+        state["step"] = torch.zeros((), dtype=torch.int64)
+        self.new_state(state, _stack(weight), group)
+        prepare(state, weight, group["weights"])
+        return state
+
+    @torch.no_grad()
+    def step_part(self, parameter: Tensor, first: int, weight: Tensor, grad: Tensor, state: State) -> None:
+        """AdamW's step of a range of a parameter's elements (flat), from `first` on, with their own `state`.
+
+        Bit for bit what the step of the whole tensor gives them where `first` is a multiple of 2^17.
+        """
+        index, group = self._place(parameter)
+        assert group["kind"] == "adamw"
+
+        def noise(_: int) -> adamw.Noise:
+            step = int(state["step"])
+            return lambda _, at, count: self._noise.window(
+                group["seed"], step, index, first + at, count, weight.device
+            )
+
+        adamw.step_tensors([weight], [grad], [state], group, noise)
+
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for copies: torch's own forgets what a subclass has added."""
         # A torch schedule puts a wrapper bound to this optimizer in the place of the method.
@@ -184,7 +214,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse")
             if not self.state[p]:
-                self._start(p, group)
+                self.state[p] = self.fresh_state(p, group)
         if group["kind"] == "adamw":
             grads = [p.grad for p in params if p.grad is not None]
             adamw.step_tensors(
@@ -214,15 +244,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             mode=group["weights"],
             noise=lambda which, first, count: of(which)(0, first, count),
         )
-
-    def _start(self, p: Tensor, group: Group) -> None:
-        state = self.state[p]
-        if group["kind"] == "adamw":
-            adamw.new_state(state, p, group)
-            return
-        state["step"] = torch.zeros((), dtype=torch.int64)
-        self.new_state(state, _stack(p), group)
-        prepare(state, p, group["weights"])
 
     def _place(self, p: Tensor) -> tuple[int, Group]:
         if not self._places:

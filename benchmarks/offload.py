@@ -1,0 +1,271 @@
+"""Optimizer state on disk: ours, DeepSpeed's, and the same transfers without any computation, in one run.
+
+A Llama of 217 M parameters (bf16, batch 1 x 64 tokens, so that nothing hides the disk), AdamW with float32
+master weights and moments: 12 bytes a parameter on disk. Contenders take turns, each in a process of its own,
+all on the same volume; medians over rounds and steps are printed. The optimizer phase of ours ends when the
+disk has been given everything (`step`, then waiting for what a next forward pass would hide).
+
+    python benchmarks/offload.py                       # ours, in memory, and the ring without computation
+    python benchmarks/offload.py --deepspeed           # DeepSpeed's NVMe offload too (pip install deepspeed)
+    python benchmarks/offload.py --folder /ssd/scratch --rounds 3 --steps 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16}
+VOCABULARY = 16_384
+TOKENS = 64
+RATE = 1e-4
+MIB = 1 << 20
+
+DEEPSPEED = {
+    "deepspeed, pipelined": {"sub_group_size": int(5e7), "buffer_count": 12, "pipeline": True},
+    "deepspeed, pipelined, small groups": {"sub_group_size": int(1e7), "buffer_count": 12, "pipeline": True},
+    "deepspeed, one after the other": {"sub_group_size": int(1e7), "buffer_count": 4, "pipeline": False},
+}
+
+
+def build_model(layers: int) -> Any:
+    """The transformer, in bf16; random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, **{**SIZE, "num_hidden_layers": layers})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def storage_bytes() -> tuple[int, int]:
+    """Bytes that this process has had read from and written to storage, as the kernel counts them."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"]), int(lines["write_bytes"])
+
+
+def locked_bytes() -> int:
+    """Bytes that cannot be swapped out."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmLck")).split()[1]) * 1024
+
+
+def measure(
+    forward_backward: Callable[[], float], step: Callable[[], None], drain: Callable[[], None], steps: int
+) -> dict[str, Any]:
+    """Figures of `steps` steps after two that are not counted."""
+    found: dict[str, Any] = {"backward": [], "phase": [], "step": [], "read": [], "written": [], "losses": []}
+    for number in range(steps + 2):
+        began = time.perf_counter()
+        found["losses"].append(forward_backward())
+        backward = time.perf_counter()
+        read, written = storage_bytes()
+        step()
+        stepped = time.perf_counter()
+        drain()
+        ended = time.perf_counter()
+        if number < 2:
+            continue
+        now = storage_bytes()
+        found["backward"].append(backward - began)
+        found["step"].append(stepped - backward)
+        found["phase"].append(ended - backward)
+        found["read"].append(now[0] - read)
+        found["written"].append(now[1] - written)
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["locked"] = locked_bytes()
+    return found
+
+
+def ours(options: argparse.Namespace, *, tier: str | None, compute: bool = True) -> dict[str, Any]:
+    """AdamW of shoestring with its state in memory or on disk; without `compute`, the transfers alone."""
+    from shoestring.offload import offload_optimizer
+    from shoestring.optimizers import AdamW
+
+    model = build_model(options.layers)
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+    optimizer: Any = AdamW(model.parameters(), lr=RATE, weights="master")
+    drain: Callable[[], None] = lambda: None  # noqa: E731 (it has nothing to wait for)
+    if tier is not None:
+        buffers = {"buffer_size": options.buffer_mib * MIB, "buffer_count": options.buffers, "io": options.io}
+        optimizer, lines = offload_optimizer(optimizer, tier=tier, folder=options.folder, **buffers)
+        print(*lines, sep="; ", file=sys.stderr)
+        drain = optimizer.wait
+
+    def forward_backward() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def pass_through() -> None:
+        optimizer.pass_through()
+        optimizer.zero_grad(set_to_none=True)
+
+    if not compute:
+        forward_backward()
+        step()  # so that there is something to read
+    found = measure(forward_backward, step if compute else pass_through, drain, options.steps)
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    if tier is not None:
+        optimizer.close()
+    return found
+
+
+def deepspeed_nvme(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO 3 with the optimizer's state on NVMe, on DeepSpeed's CPU accelerator."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20_000 + os.getpid() % 20_000))
+    import deepspeed
+
+    pipeline = settings["pipeline"]
+    folder = Path(options.folder) / f"deepspeed-{os.getpid()}"
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "weight_decay": 0.01}},
+        "zero_optimization": {
+            "stage": 3,
+            "sub_group_size": settings["sub_group_size"],
+            "offload_optimizer": {
+                "device": "nvme",
+                "nvme_path": str(folder),
+                "buffer_count": settings["buffer_count"],
+                "pipeline_read": pipeline,
+                "pipeline_write": pipeline,
+            },
+        },
+        "aio": {"block_size": MIB, "queue_depth": 8, "overlap_events": True},
+    }
+    model = build_model(options.layers)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=config, dist_init_required=True
+    )
+    ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+
+    def forward_backward() -> float:
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        return float(loss.detach())
+
+    try:
+        found = measure(forward_backward, engine.step, lambda: None, options.steps)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {**found, "parameters": parameters}
+
+
+def contenders(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By name; each is run in a process of its own."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "ours, in memory": lambda: ours(options, tier=None),
+        "ours, on disk": lambda: ours(options, tier="disk"),
+        "the transfers alone": lambda: ours(options, tier="disk", compute=False),
+    }
+    if options.deepspeed:
+        for name, settings in DEEPSPEED.items():
+            found[name] = lambda settings=settings: deepspeed_nvme(options, settings)  # type: ignore[misc]
+    return found
+
+
+def run_child(name: str, arguments: list[str]) -> dict[str, Any] | None:
+    """One contender in a new process; None where it fails, and why on the screen."""
+    command = [sys.executable, __file__, *arguments, "--child", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        print(f"{name}: exit code {done.returncode}: {done.stderr.strip()[-400:]}", file=sys.stderr)
+        return None
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+HEADINGS = (
+    "",
+    "optimizer phase, s",
+    "of it in `step`",
+    "forward + backward, s",
+    "peak memory, MiB",
+    "locked, MiB",
+    "read + written, bytes a parameter",
+)
+
+
+def show(results: dict[str, list[dict[str, Any]]]) -> None:
+    """The table."""
+    print("| " + " | ".join(HEADINGS) + " |")
+    print("|---" * len(HEADINGS) + "|")
+    for name, rounds in results.items():
+        if rounds:
+            print("| " + " | ".join([name, *row(rounds)]) + " |")
+
+
+def row(rounds: list[dict[str, Any]]) -> list[str]:
+    """A contender's cells."""
+
+    def all_of(key: str) -> list[float]:
+        return [value for one in rounds for value in one[key]]
+
+    phases = all_of("phase")
+    moved = [read + written for read, written in zip(all_of("read"), all_of("written"), strict=True)]
+    return [
+        f"{statistics.median(phases):.2f} ({min(phases):.2f} to {max(phases):.2f})",
+        f"{statistics.median(all_of('step')):.2f}",
+        f"{statistics.median(all_of('backward')):.2f}",
+        f"{max(one['peak'] for one in rounds) / MIB:,.0f}",
+        f"{max(one['locked'] for one in rounds) / MIB:,.0f}",
+        f"{statistics.median(moved) / rounds[0]['parameters']:.1f}",
+    ]
+
+
+def main() -> None:
+    """Run in turns and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/bench/offload"), help="on the disk to measure"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--buffer-mib", type=int, default=16)
+    parser.add_argument("--buffers", type=int, default=6)
+    parser.add_argument("--io", choices=["threads", "io_uring"], default=None)
+    parser.add_argument("--deepspeed", action="store_true")
+    parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        print(json.dumps(contenders(options)[options.child]()))
+        return
+    names = options.only or list(contenders(options))
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            result = run_child(name, sys.argv[1:])
+            if result is not None:
+                results[name].append(result)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from .early_signals import Judgement, rank_by_early_signals
 from .facts import DataFacts, data_facts
 from .machine import Machine, probe
 from .make import make_plan
+from .offload import scratch_folder
 from .plan import Plan
 from .split import Split, choose_split
 from .stages import joined_reasons, largest, largest_phases
@@ -22,4 +23,5 @@ __all__ = [
     "make_plan",
     "probe",
     "rank_by_early_signals",
+    "scratch_folder",
 ]

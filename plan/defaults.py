@@ -55,6 +55,15 @@ MEASURE_TOKENS_CPU = 1152
 MEASURE_TOKENS_CUDA = 8192
 MEASURE_SECONDS = 2.0
 
+# --- offload
+
+# Between an accelerator and host memory, each way: what PCIe 4.0 x16 gives without binding memory nodes. A
+# guess; a run does not depend on it, only its predicted time.
+LINK_BYTES_PER_SECOND = 12e9
+# Read and written by AdamW on the CPU beside an accelerator: somewhat below what two cores were measured to
+# do with float32 state.
+HOST_BYTES_PER_SECOND = 40e9
+
 # --- the rest of the budget
 
 # Watts of a GPU, and of a CPU package: what an energy budget is taken to last until it is measured. Ours.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..recipes.offload import Tier
 from . import defaults
 from .memory import Footprint, Sizes, footprint
 from .objectives import Work
@@ -28,16 +29,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a micro-batch. worst_tokens: of the largest micro-batch that can come."""
+    """One way to run a micro-batch. worst_tokens: of the largest micro-batch that can come.
+
+    recomputed: layers, the first ones, whose activations are computed again. tier: of the optimizer's state.
+    """
 
     micro_tokens: int
     worst_tokens: int
-    checkpointing: bool
+    recomputed: int
     footprint: Footprint
     seconds_per_token: float
+    tier: Tier = "device"
 
 
-WorkOf = Callable[[bool], Work]
+WorkOf = Callable[[int], Work]
 
 
 def candidates(
@@ -47,7 +52,7 @@ def candidates(
     work_of: WorkOf,
     micro_tokens: Sequence[int],
     longest: int,
-    checkpointing: bool,
+    recomputed: int,
     trained_share: float,
     dense_share: Callable[[int], float],
     always_whole: bool = False,
@@ -57,7 +62,7 @@ def candidates(
     A row longer than the micro-batch is one of its own, so the worst micro-batch has at least `longest`
     tokens. `always_whole`: the micro-batch is given in rows, its worst is what `micro_tokens` says.
     """
-    work = work_of(checkpointing)
+    work = work_of(recomputed)
     found = []
     for micro in micro_tokens:
         worst = micro if always_whole else max(micro, longest)
@@ -65,7 +70,7 @@ def candidates(
         activations, logits = work.memory(worst, targets)
         needed = footprint(device, sizes, activations, logits, work.teacher_memory(worst))
         seconds = work.train_seconds(micro, micro * trained_share) / micro
-        found.append(Candidate(micro, worst, checkpointing, needed, seconds))
+        found.append(Candidate(micro, worst, recomputed, needed, seconds, sizes.moved.tier))
     return found
 
 

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..models.facts import ModelFacts
 from ..recipes import Recipe
+from ..recipes.offload import Tier
 from . import defaults
 from .facts import DataFacts
 from .fit import Candidate, candidates, choose
 from .fit import Limits as MemoryLimits
 from .layout import Layout, choose_layout
 from .machine import Machine
-from .measurement import Measurement, Setting
+from .measurement import Measurement, Setting, mixed
 from .memory import Sizes
 from .objectives import Extra, Work, extra_of
+from .offload import move_state, scratch_folder, tier_of_weights, tiers_to_try
 from .precision import Precision, choose_precision
-from .sizes import count_sizes
+from .seconds import optimizer_seconds, streaming_seconds
+from .sizes import count_sizes, state_dtype, steps_in_backward
 from .trained import Trained, find_trained
+
+if TYPE_CHECKING:
+    from ..offload.rates import DiskRates
 
 MeasureCopy = Callable[[Recipe, ModelFacts, torch.device, Setting], Measurement]
 
@@ -63,6 +70,7 @@ class Grounds:
         self.data = around.data.clipped(self.layout.max_length)
         self.device = torch.device(around.machine.device)
         self._measured: dict[bool, Measurement] = {}
+        self._sizes: dict[Tier, Sizes] = {}
 
     @cached_property
     def precision(self) -> Precision:
@@ -76,7 +84,7 @@ class Grounds:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes that do not depend on the batch."""
+        """Bytes that do not depend on the batch, with the optimizer's state on the device."""
         return count_sizes(
             self.recipe,
             self.around.facts,
@@ -84,16 +92,68 @@ class Grounds:
             self.precision,
             libraries=self.around.libraries,
             extra=self.extra,
+            weights_tier=self.weights_tier,
         )
+
+    @cached_property
+    def weights_tier(self) -> Tier:
+        """Where the layers' weights are. UserError: they cannot be streamed from the tier given."""
+        return tier_of_weights(self.recipe, self.device.type)
+
+    def sizes_on(self, tier: Tier) -> Sizes:
+        """`sizes` with the optimizer's state on `tier`."""
+        if tier not in self._sizes:
+            moved = move_state(
+                tier,
+                self.recipe.optimizer,
+                self.trained.slots,
+                state_dtype(self.trained, self.precision),
+                self.recipe.offload,
+                accelerated=self.device.type != "cpu",
+                same_way=steps_in_backward(self.recipe),
+            )
+            self._sizes[tier] = replace(self.sizes, moved=moved)
+        return self._sizes[tier]
+
+    @cached_property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Tiers of the optimizer's state to try in order. UserError: one was given that it cannot go to."""
+        return tiers_to_try(self.recipe, self.device.type, lambda: self.sizes_on("disk"))
+
+    @cached_property
+    def disk_rates(self) -> DiskRates:
+        """Of the disk that the optimizer's state would go to; each process of this machine has its share."""
+        rates = self.around.machine.disk_rates(scratch_folder(self.recipe))
+        share = 1.0 / self.around.world_size
+        return replace(rates, read=rates.read * share, write=rates.write * share, mixed=rates.mixed * share)
+
+    def update_seconds(self, tier: Tier) -> float:
+        """Seconds of a step of the optimizer whose state is on `tier`."""
+        disk = self.disk_rates if tier == "disk" else None
+        rates, accelerated = self.around.machine.rates, self.device.type != "cpu"
+        return optimizer_seconds(self.sizes_on(tier), rates, disk, accelerated=accelerated)
 
     @cached_property
     def extra(self) -> Extra:
         """What the objective adds to supervised fine-tuning."""
         return extra_of(self.recipe, self.around.facts, self.around.teacher, self.precision.dtype.itemsize)
 
-    def work(self, checkpointing: bool) -> Work:
-        """Seconds and bytes of a micro-batch, by the measurement."""
-        return Work(self.measured(checkpointing), self.around.facts.layers, self.extra)
+    def work(self, recomputed: int) -> Work:
+        """Seconds and bytes of a micro-batch with so many layers computed again, by the measurement."""
+        layers = self.around.facts.layers
+        if recomputed in (0, layers):
+            measured = self.measured(recomputed > 0)
+        else:
+            measured = mixed(self.measured(False), self.measured(True), recomputed / layers)
+        return Work(measured, layers, self.extra, self._streaming)
+
+    @cached_property
+    def _streaming(self) -> tuple[float, float]:
+        """Seconds for the layers' weights to come once, and to come twice and go back where trained."""
+        if self.weights_tier == "device":
+            return 0.0, 0.0
+        disk = self.disk_rates if self.weights_tier == "disk" else None
+        return streaming_seconds(self.sizes.streamed, disk, trained=self.recipe.adapter is None)
 
     def measured(self, checkpointing: bool) -> Measurement:
         """The measurement with or without activation checkpointing; made once."""
@@ -141,39 +201,59 @@ class Grounds:
         """Rows of a micro-batch where the recipe says so."""
         return self.recipe.train.per_device_train_batch_size
 
-    def find(self, checkpointing: bool, micro_tokens: int | None = None) -> list[Candidate]:
+    def find(
+        self, recomputed: int, micro_tokens: int | None = None, tier: Tier = "device"
+    ) -> list[Candidate]:
         """All micro-batch sizes worth a thought, or the one given, with footprint and speed."""
         fixed = self.micro_rows is not None
         auto = self._micro_sizes() if micro_tokens is None else [micro_tokens]
         return candidates(
             device=self.around.machine.device,
-            sizes=self.sizes,
+            sizes=self.sizes_on(tier),
             work_of=self.work,
             micro_tokens=[self._worst_of_rows()] if fixed else auto,
             longest=self.data.longest if self.layout.packed else self.data.padded_row,
-            checkpointing=checkpointing,
+            recomputed=recomputed,
             trained_share=self.data.trained_share,
             dense_share=self.data.dense_share,
             always_whole=fixed,
         )
 
     def pick(self) -> Candidate | None:
-        """The best micro-batch that fits; with activation checkpointing only if needed or asked for."""
-        wanted = self._wanted_checkpointing()
-        for checkpointing in (False, True) if wanted is None else (wanted,):
-            chosen = choose(self.find(checkpointing), self.around.limits)
-            if chosen is not None:
-                return chosen
+        """The best micro-batch that fits; layers are computed again only if needed or asked for.
+
+        The optimizer's state is moved only where that is not enough.
+        """
+        wanted, layers = self._wanted_checkpointing(), self.around.facts.layers
+        for tier in self.tiers:
+            for recomputed in (0, layers) if wanted is None else (layers * wanted,):
+                chosen = choose(self.find(recomputed, tier=tier), self.around.limits)
+                if chosen is not None:
+                    return self._fewest(chosen) if wanted is None else chosen
         return None
+
+    def _fewest(self, chosen: Candidate) -> Candidate:
+        """The same micro-batch with as few layers computed again as leave the margin free."""
+        for recomputed in range(1, chosen.recomputed):
+            (fewer,) = self.find(recomputed, chosen.micro_tokens, chosen.tier)
+            if self.around.limits.fits(fewer.footprint, defaults.MEMORY_MARGIN):
+                return fewer
+        return chosen
 
     def smallest(self) -> Candidate:
         """The candidate that needs least, whether it fits or not."""
         wanted = self._wanted_checkpointing()
-        found = self.find(True if wanted is None else wanted)
-        return min(found, key=lambda c: c.footprint.device_total or c.footprint.host_total)
+        recomputed = 0 if wanted is False else self.around.facts.layers
+        found = [candidate for tier in self.tiers for candidate in self.find(recomputed, tier=tier)]
+        return min(found, key=lambda c: (c.footprint.device_total, c.footprint.host_total))
 
     def _wanted_checkpointing(self) -> bool | None:
-        """The recipe's word, None where the plan may choose. Sampled rows leave nothing to compute again."""
+        """The recipe's word, None where the plan may choose. Sampled rows leave nothing to compute again.
+
+        A layer whose weights are streamed is always computed again, with them.
+        """
+        if self.weights_tier != "device":
+            return True
         train = self.recipe.train
         return train.activation_checkpointing if train.wta_crs_ratio is None else False
 

@@ -11,11 +11,15 @@ import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from .limits import cgroup_cores, cgroup_memory, existing_parent, usable_cores
 from .rates import Rates, measure_rates
+
+if TYPE_CHECKING:
+    from ..offload.rates import DiskRates
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,26 @@ class Machine:
     def rates(self) -> Rates:
         """Measured rates; the first access takes up to a second. UserError: output_dir cannot be written."""
         return self.given_rates or measure_rates(self.device, Path(self.output_dir))
+
+    def disk_rates(self, folder: Path) -> DiskRates:
+        """Rates of the disk of `folder`, read and written together too; measured once, some seconds.
+
+        With `given_rates` nothing is measured, and half of the disk's write rate is taken each way.
+        UserError: the folder cannot be written.
+        """
+        from ..offload.rates import DiskRates, measure_disk
+
+        key = str(folder)
+        if key not in self._disks:
+            write = self.given_rates and self.given_rates.disk_write
+            self._disks[key] = (
+                DiskRates(read=write, write=write, mixed=write) if write else measure_disk(folder)
+            )
+        return self._disks[key]
+
+    @cached_property
+    def _disks(self) -> dict[str, DiskRates]:
+        return {}
 
     @property
     def matmul_flops(self) -> float:

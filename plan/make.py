@@ -16,11 +16,12 @@ from .fit import Limits as MemoryLimits
 from .grounds import Grounds, MeasureCopy, Surroundings
 from .machine import Machine
 from .objectives import teacher_facts
+from .offload_placement import place
+from .offload_writes import check_disk, check_writes, predict_writes, scratch_bytes
 from .plan import Plan
 from .reasons import Decisions, explain
-from .refusal import disk_too_small
 from .repetition import repeats_of, weight_decay_for
-from .seconds import Fixed, StepTime, fixed_seconds, optimizer_seconds, step_time
+from .seconds import Fixed, StepTime, fixed_seconds, step_time
 from .sizes import checkpoint_bytes, measures_first, resident_bytes
 
 
@@ -112,11 +113,11 @@ def _fill(
     elapsed: float,
     share: float,
 ) -> Plan:
-    around, data, sizes = grounds.around, grounds.data, grounds.sizes
+    around, data, sizes = grounds.around, grounds.data, grounds.sizes_on(chosen.tier)
     machine, facts, world_size = around.machine, around.facts, around.world_size
-    work = grounds.work(chosen.checkpointing)
+    work = grounds.work(chosen.recomputed)
     rates = machine.rates
-    update = optimizer_seconds(sizes, rates)
+    update = grounds.update_seconds(chosen.tier)
     passes = 2 if measures_first(recipe) else 1
     per_token = passes * chosen.seconds_per_token / world_size
     trained_share = data.trained_share
@@ -159,6 +160,7 @@ def _fill(
         samples=recipe.eval.samples,
         max_new_tokens=recipe.eval.max_new_tokens,
         teacher_seconds=grounds.teacher_tokens * work.teacher_seconds(micro, micro * trained_share) / micro,
+        disk=grounds.disk_rates if chosen.tier == "disk" else None,
     )
     spending = spend(
         recipe,
@@ -185,7 +187,7 @@ def _write(
     spending: Spending,
     update: float,
 ) -> Plan:
-    around, data, sizes = grounds.around, grounds.data, grounds.sizes
+    around, data, sizes = grounds.around, grounds.data, grounds.sizes_on(chosen.tier)
     machine, facts = around.machine, around.facts
     step = spending.step
     micro_rows = grounds.micro_rows
@@ -193,7 +195,7 @@ def _write(
         # A step's tokens vary a little around the batch: room for that, so that no sliver of it is left over.
         most = -(-int(1.3 * step.tokens / around.world_size) // 64) * 64
         if most < chosen.micro_tokens:
-            (chosen,) = grounds.find(chosen.checkpointing, most)
+            (chosen,) = grounds.find(chosen.recomputed, most, chosen.tier)
     rate = recipe.optimizer.learning_rate
     if rate is None:
         rate = defaults.learning_rate_for(
@@ -215,9 +217,21 @@ def _write(
             steps=spending.timeline.steps,
         )
     checkpoint = checkpoint_bytes(sizes)
-    final = sizes.merged + sizes.adapter
+    final = sizes.merged + sizes.exported + sizes.adapter
     kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
-    _check_disk(recipe, machine, checkpoint=checkpoint, kept=kept, final=final, stored=grounds.stored_bytes)
+    check_disk(
+        recipe,
+        machine,
+        checkpoint=checkpoint,
+        kept=kept,
+        final=final,
+        stored=grounds.stored_bytes,
+        scratch=around.world_size * scratch_bytes(sizes),
+    )
+    files = (spending.saves + 1) * checkpoint + final + grounds.stored_bytes
+    writes = predict_writes(recipe, sizes, spending, files=files, world_size=around.world_size)
+    check_writes(recipe, writes, batch_tokens=step.tokens, epoch_tokens=data.tokens)
+    placement = place(recipe, grounds, chosen)
     finish = spending.timeline.total
     price = limits.price_per_hour
     memory = {
@@ -245,7 +259,7 @@ def _write(
         batch_tokens=step.tokens,
         batch_rows=_batch_rows(recipe, data, around.world_size),
         accumulation=step.accumulation,
-        activation_checkpointing=chosen.checkpointing,
+        recomputed_layers=chosen.recomputed,
         learning_rate=rate,
         eval_rows=rows.ends,
         eval_rows_between=rows.between,
@@ -262,12 +276,16 @@ def _write(
         bound_by=spending.bound_by,
         cost=None if price is None else finish / 3600 * price,
         currency=None if recipe.budget.price is None else recipe.budget.price.currency,
-        disk_bytes=(spending.saves + 1) * checkpoint + final + grounds.stored_bytes,
+        disk_bytes=files,
         memory=memory,
         memory_limits={"host": around.limits.host, "device": around.limits.device},
         phases=chosen.footprint.phases,
-        reasons=explain(recipe, grounds, chosen, spending, rows, Decisions(limits, repeats, fixed)),
+        reasons=explain(
+            recipe, grounds, chosen, spending, rows, Decisions(limits, repeats, fixed, placement, writes)
+        ),
         weight_decay=decay,
+        placement=placement,
+        disk_writes=writes.total,
     )
 
 
@@ -276,20 +294,3 @@ def _batch_rows(recipe: Recipe, data: DataFacts, world_size: int) -> int | None:
     if rows is None:
         return None
     return min(rows * (recipe.train.gradient_accumulation_steps or 1) * world_size, data.rows)
-
-
-def _check_disk(
-    recipe: Recipe, machine: Machine, *, checkpoint: int, kept: int, final: int, stored: int
-) -> None:
-    free = min(int(recipe.budget.disk or machine.disk_bytes), machine.disk_bytes)
-    needed = kept * checkpoint + final + stored
-    if needed > free:
-        raise disk_too_small(
-            needed,
-            free,
-            checkpoint=checkpoint,
-            kept=kept,
-            final=final,
-            stored=stored,
-            folder=machine.output_dir,
-        )

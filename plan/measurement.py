@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .curves import Line, Plane, Polyline
 from .precision import Precision
@@ -61,3 +61,23 @@ class Measurement:
         head = self.head_peak.at(targets)
         activations = max(saved, self.peak.at(layers, tokens) + self.head_held - head)
         return int(activations), int(head)
+
+
+def mixed(kept: Measurement, again: Measurement, share: float) -> Measurement:
+    """Where `share` of the layers, the first ones, are computed again in backward and the last is kept.
+
+    kept, again: measured without and with all layers computed again. What belongs to no layer is as without:
+    the worst moments are in the head and in the last layer.
+    """
+
+    def mix(one: Plane, other: Plane) -> Plane:
+        per_layer = one.per_layer + share * (other.per_layer - one.per_layer)
+        per_layer_token = one.per_layer_token + share * (other.per_layer_token - one.per_layer_token)
+        return replace(one, per_layer=per_layer, per_layer_token=per_layer_token)
+
+    return replace(
+        kept,
+        saved=mix(kept.saved, again.saved),
+        peak=mix(kept.peak, again.peak),
+        seconds=mix(kept.seconds, again.seconds),
+    )

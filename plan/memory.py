@@ -6,9 +6,11 @@ prediction is the largest of them, never a sum over phases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..offload.model import Traffic
 from ..optimizers import Cost
+from ..recipes.offload import Tier
 from .defaults import (
     CUDA_CONTEXT_BYTES,
     HOST_SLACK_BYTES,
@@ -21,6 +23,23 @@ Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Where the optimizer's state lives, in bytes. Nothing but the tier where that is the device.
+
+    ring: buffers in host memory that state on disk passes through. resident: tensors too small to move.
+    elsewhere: of the segments, in host memory or on disk. step: read from disk and written back in a step.
+    updated_on_host: whether the CPU updates what an accelerator trains; then the state does not cross over.
+    """
+
+    tier: Tier = "device"
+    ring: int = 0
+    resident: int = 0
+    elsewhere: int = 0
+    step: Traffic = field(default_factory=Traffic)
+    updated_on_host: bool = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes that do not depend on the batch.
 
@@ -30,7 +49,10 @@ class Sizes:
     libraries: resident memory of this process before anything of the model is loaded.
     merged: the model that the export writes and loads again to compare (0 where it exports an adapter).
     reference: a frozen copy of the trained weights. teacher: the weights of a second model, which with
-    teacher_first is there before training only.
+    teacher_first is there before training only. moved: what of the optimizer's state is not on the device.
+    streamed: of the layers whose weights are on `weights_tier` and come when they are needed; weights and
+    unquantised are then what is in memory of the base. exported: of the model that the export writes layer by
+    layer, and that is never in memory at once.
     """
 
     weights: int
@@ -46,6 +68,15 @@ class Sizes:
     reference: int = 0
     teacher: int = 0
     teacher_first: bool = False
+    moved: Moved = field(default_factory=Moved)
+    weights_tier: Tier = "device"
+    streamed: int = 0
+    exported: int = 0
+
+    @property
+    def state(self) -> int:
+        """Bytes of the optimizer's state on the device."""
+        return self.optimizer if self.moved.tier == "device" else self.moved.resident
 
 
 @dataclass(frozen=True)
@@ -82,7 +113,7 @@ def footprint(
     train: Parts = {
         "weights": sizes.weights + sizes.adapter,
         "gradients": sizes.gradients,
-        "optimizer": sizes.optimizer,
+        "optimizer": sizes.state,
         "activations": activations,
         "logits": logits,
         **beside,
@@ -90,7 +121,7 @@ def footprint(
     # The optimizer's state still lives; the merged model is held once and loaded once more to be compared.
     export: Parts = {
         "weights": max(sizes.weights, sizes.merged) + sizes.adapter,
-        "optimizer": sizes.optimizer,
+        "optimizer": sizes.state,
         "exported copy": sizes.merged,
         **beside,
     }
@@ -109,6 +140,8 @@ def footprint(
         share = HOST_SLACK_SHARE_4BIT if quantised else HOST_SLACK_SHARE
         train["other"] = int(HOST_SLACK_BYTES + share * (activations + logits))
         load["other"] = export["other"] = HOST_SLACK_BYTES
+        if sizes.moved.ring:
+            train["ring"] = export["ring"] = sizes.moved.ring
         for parts in first.values():
             parts["other"] = int(HOST_SLACK_BYTES + share * teacher_activations)
         peak = max(phases.values(), key=lambda parts: sum(parts.values()))
@@ -128,15 +161,22 @@ def footprint(
     peak = max(phases.values(), key=lambda parts: sum(parts.values()))
     host = {
         "libraries": sizes.libraries,
-        # A checkpoint goes through host memory; the exported copy is compared there.
+        # A checkpoint goes through host memory, but for state that is elsewhere, which is copied piece by
+        # piece; the exported copy is compared there.
         "copies": max(
-            sizes.adapter + sizes.optimizer + sizes.reference,
+            sizes.adapter + sizes.state + sizes.reference,
             2 * sizes.merged,
             sizes.unquantised,
             sizes.teacher,
         ),
         "other": HOST_SLACK_BYTES,
     }
+    if sizes.weights_tier == "host":
+        host["weights"] = sizes.streamed
+    if sizes.moved.tier == "host":
+        host["optimizer"] = sizes.moved.elsewhere
+    if sizes.moved.ring:
+        host["ring"] = sizes.moved.ring
     return Footprint(peak, host, {name: sum(parts.values()) for name, parts in phases.items()})
 
 

@@ -52,20 +52,25 @@ class Extra:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds and bytes of a micro-batch of a model of `layers` layers under the recipe's objective."""
+    """Seconds and bytes of a micro-batch of a model of `layers` layers under the recipe's objective.
+
+    streaming: seconds in which the layers' weights come from another tier and, trained, go back: of a forward
+    pass alone, and of both. They are hidden where computing takes longer.
+    """
 
     measured: Measurement
     layers: int
     extra: Extra
+    streaming: tuple[float, float] = (0.0, 0.0)
 
     def train_seconds(self, tokens: float, targets: float) -> float:
         """Forward and backward, and what the objective adds."""
-        own = self.measured.micro_seconds(self.layers, tokens, targets)
+        own = max(self.measured.micro_seconds(self.layers, tokens, targets), self.streaming[1])
         return own + self._added_seconds(tokens, targets) + self._head_seconds(targets)
 
     def eval_seconds(self, tokens: float, targets: float) -> float:
         """The loss without gradients."""
-        return self.measured.eval_seconds(self.layers, tokens, targets) + self._added_seconds(tokens, targets)
+        return self._forward_seconds(tokens, targets) + self._added_seconds(tokens, targets)
 
     def teacher_seconds(self, tokens: float, targets: float) -> float:
         """A forward pass of the teacher, by its size beside the model that was measured."""
@@ -86,8 +91,11 @@ class Work:
         """Bytes of the teacher's activations."""
         return 0 if self.extra.teacher is None else tokens * self.extra.teacher.transient
 
+    def _forward_seconds(self, tokens: float, targets: float) -> float:
+        return max(self.measured.eval_seconds(self.layers, tokens, targets), self.streaming[0])
+
     def _added_seconds(self, tokens: float, targets: float) -> float:
-        own = self.extra.forwards * self.measured.eval_seconds(self.layers, tokens, targets)
+        own = self.extra.forwards * self._forward_seconds(tokens, targets)
         return own if self.extra.online is None else own + self.teacher_seconds(tokens, targets)
 
     def _head_seconds(self, targets: float) -> float:

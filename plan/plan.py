@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..offload.placement import Placement
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -14,7 +16,9 @@ class Plan:
     memory: {"device": {part: bytes, ..., "total"}, "host": {...}}; device is empty on a CPU. phases: totals
     of load, train, export on the tier that computes. timeline: seconds by kind. eval_rows: at the start and
     the end, eval_rows_between: in between. max_length, longest_row: tokens of the longest sequence after and
-    before cutting. weight_decay: for the optimizer, in place of auto. reasons: key -> one line.
+    before cutting. weight_decay: for the optimizer, in place of auto. disk_bytes: written for checkpoints and
+    export; disk_writes: with the optimizer's state, where that is on disk. placement: where each part of the
+    training state lives. reasons: key -> one line.
     """
 
     model: str
@@ -34,7 +38,7 @@ class Plan:
     batch_tokens: int
     batch_rows: int | None
     accumulation: int
-    activation_checkpointing: bool
+    recomputed_layers: int
     learning_rate: float
     eval_rows: int
     eval_rows_between: int
@@ -57,6 +61,13 @@ class Plan:
     phases: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
     weight_decay: float = 0.0
+    placement: Placement = field(default_factory=Placement)
+    disk_writes: int = 0
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether any layer's activations are computed again; `recomputed_layers` are the first of them."""
+        return self.recomputed_layers > 0
 
     @property
     def predicted_device_bytes(self) -> int | None:
@@ -81,13 +92,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Plan.from_json` gives the same plan back."""
-        return asdict(self)
+        return {**asdict(self), "placement": self.placement.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any] | str) -> Plan:
         """The plan in `to_json`'s value or text, such as a run's plan.json. ValueError: not one of ours."""
-        plain = json.loads(value) if isinstance(value, str) else value
+        plain = dict(json.loads(value) if isinstance(value, str) else value)
+        placement = Placement.from_json(plain.pop("placement", ()))
         try:
-            return cls(**plain)
+            return cls(**plain, placement=placement)
         except TypeError as error:
             raise ValueError(f"not a plan of this version: {error}") from None

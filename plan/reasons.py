@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..offload.placement import Placement
 from ..recipes import Recipe
 from ..schedules.limits import Limits
 from . import defaults, worth
@@ -11,6 +12,7 @@ from .budget import Spending
 from .evaluations import EvalRows
 from .fit import Candidate
 from .grounds import Grounds
+from .offload_writes import Writes
 from .refusal import gigabytes
 from .repetition import Repeats
 from .seconds import Fixed
@@ -23,6 +25,8 @@ class Decisions:
     limits: Limits
     repeats: Repeats
     fixed: Fixed
+    placement: Placement
+    writes: Writes
 
 
 def explain(
@@ -33,7 +37,9 @@ def explain(
     rows: EvalRows,
     decisions: Decisions,
 ) -> dict[str, str]:
-    """Key of the plan -> reason. filter, sources and objective only where there is something to say."""
+    """Key of the plan -> reason. filter, sources, objective, offload.* and disk_writes only where there is
+    something to say.
+    """
     limits = grounds.around.limits
     on_device = bool(chosen.footprint.device)
     needed = chosen.footprint.device_total if on_device else chosen.footprint.host_total
@@ -59,8 +65,13 @@ def explain(
         reasons["activation_checkpointing"] = f"train.activation_checkpointing={str(wanted).lower()}"
     elif recipe.train.wta_crs_ratio is not None:
         reasons["activation_checkpointing"] = "train.wta_crs_ratio excludes it"
-    elif chosen.checkpointing:
-        reasons["activation_checkpointing"] = "needed: the activations do not fit; about a third slower"
+    elif chosen.recomputed:
+        micro, layers = chosen.micro_tokens, grounds.around.facts.layers
+        plain = grounds.work(0).train_seconds(micro, micro * grounds.data.trained_share)
+        reasons["activation_checkpointing"] = (
+            f"needed: the activations of {chosen.recomputed} of {layers} layers do not fit; "
+            f"{chosen.seconds_per_token * micro / plain - 1:.0%} slower"
+        )
     else:
         reasons["activation_checkpointing"] = f"not needed: {gigabytes(needed)} of {gigabytes(limit)}"
     if recipe.optimizer.learning_rate is not None:
@@ -75,6 +86,11 @@ def explain(
         if recipe.objective.name == "dpo":
             reasons["learning_rate"] += f"; on pairs {defaults.DPO_RATE:g} of that"
     reasons |= _worth(recipe, grounds, chosen, spending, decisions)
+    for placed in decisions.placement.parts:
+        if placed.tier != "device" or getattr(recipe.offload, placed.part, None) not in (None, "device"):
+            reasons[f"offload.{placed.part}"] = placed.why
+    if decisions.writes.state:
+        reasons["disk_writes"] = decisions.writes.line
     guess = f" ({grounds.watts:.0f} W is a guess)" if spending.bound_by == "budget.energy" else ""
     reasons["finish"] = f"ends by {spending.bound_by}{guess}"
     return reasons
@@ -91,7 +107,7 @@ def _worth(
         "filter": worth.filter_line(repeats),
         "sources": worth.sources_line(recipe, repeats),
         "objective": worth.objective_line(
-            grounds.work(chosen.checkpointing),
+            grounds.work(chosen.recomputed),
             reference=grounds.sizes.reference,
             tokens=micro,
             targets=micro * grounds.data.trained_share,

@@ -13,12 +13,16 @@ MAX_LINES = 4
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the recipe, planned anew. slower: share of time per token added; negative is quicker."""
+    """A change of the recipe, planned anew. slower: share of time per token added; negative is quicker.
+
+    same: whether the very same thing is trained, as where only state is moved.
+    """
 
     text: str
     needed: int
     slower: float
     fits: bool
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ def does_not_fit(shortage: Shortage, changes: Sequence[Change], together: Change
     ]
     enough = sorted((c for c in changes if c.fits), key=lambda c: c.slower)
     if enough:
-        rows.append(("", f"cheapest change: {_line(enough[0])}"))
-        rows += [("", f"or: {_line(change)}") for change in enough[1 : MAX_LINES - 1]]
+        shown = enough[: MAX_LINES - 1]
+        if not any(change.same for change in shown):
+            shown += [change for change in enough if change.same][:1]
+        rows.append(("", f"cheapest change: {_line(shown[0])}"))
+        rows += [("", f"or: {_line(change)}") for change in shown[1:]]
     elif together is not None and together.fits:
         rows.append(("", f"no single change is enough; together: {_line(together)}"))
     else:
@@ -69,11 +76,24 @@ def does_not_fit(shortage: Shortage, changes: Sequence[Change], together: Change
 
 
 def disk_too_small(
-    needed: int, free: int, *, checkpoint: int, kept: int, final: int, stored: int, folder: str
+    needed: int,
+    free: int,
+    *,
+    checkpoint: int,
+    kept: int,
+    final: int,
+    stored: int,
+    folder: str,
+    scratch: int = 0,
 ) -> BudgetError:
-    """The refusal of a run whose files do not fit the disk. stored: logits of a teacher."""
+    """The refusal of a run whose files do not fit the disk.
+
+    stored: logits of a teacher. scratch: files of offload.
+    """
     logits = f", the teacher's logits {gigabytes(stored)}" if stored else ""
+    logits += f", scratch files {gigabytes(scratch)}" if scratch else ""
     fewer = "a smaller objective.top_k, " if stored else ""
+    fewer += "offload.disk_path on another disk, " if scratch else ""
     return BudgetError(
         in_columns(
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import TYPE_CHECKING
 
 from ..recipes.quantities import Every
 from . import defaults
@@ -11,6 +12,9 @@ from .memory import Sizes
 from .objectives import Work
 from .rates import Rates
 from .sizes import checkpoint_bytes
+
+if TYPE_CHECKING:
+    from ..offload.rates import DiskRates
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,40 @@ class StepTime:
         return self.tokens / self.seconds
 
 
-def optimizer_seconds(sizes: Sizes, rates: Rates) -> float:
-    """Clip and step: the gradient is read and scaled once more, and an update takes about twice its floor."""
+def optimizer_seconds(
+    sizes: Sizes, rates: Rates, disk: DiskRates | None = None, *, accelerated: bool = False
+) -> float:
+    """Clip and step: the gradient is read and scaled once more, and an update takes about twice its floor.
+
+    State that is elsewhere comes and goes at the same time, so the slowest of update, link and disk counts.
+    disk: where the state is on one. accelerated: an accelerator computes, and host memory is behind a link.
+    """
     clip = 2 * sizes.gradients / (2 * rates.copy)
     floor = sizes.update.seconds(bytes_per_second=2 * rates.copy, flops_per_second=rates.matmul_bf16)
-    return clip + defaults.UPDATE_OVER_FLOOR * floor + 1e-3
+    update = defaults.UPDATE_OVER_FLOOR * floor
+    moved = sizes.moved
+    if moved.updated_on_host:
+        on_host = sizes.update.bytes / defaults.HOST_BYTES_PER_SECOND
+        crossing = max(sizes.gradients, sizes.trained)
+        update = max(on_host, crossing / defaults.LINK_BYTES_PER_SECOND)
+    elif accelerated and moved.tier != "device":
+        update = max(update, moved.elsewhere / defaults.LINK_BYTES_PER_SECOND)
+    if moved.tier == "disk":
+        assert disk is not None
+        update = max(update, moved.step.seconds(disk.mixed))
+    return clip + update + 1e-3
+
+
+def streaming_seconds(layers: int, disk: DiskRates | None, *, trained: bool) -> tuple[float, float]:
+    """Seconds for `layers` bytes of weights in a forward pass, and in a forward and a backward pass.
+
+    disk: None where they come from host memory. trained: what changed in the backward pass goes back.
+    """
+    if disk is None:
+        forward = layers / defaults.LINK_BYTES_PER_SECOND
+        return forward, 2 * forward  # the way back is another direction
+    forward = layers / disk.read
+    return forward, forward + (2 * layers / disk.mixed if trained else forward)
 
 
 def step_time(
@@ -85,20 +118,23 @@ def fixed_seconds(
     samples: int,
     max_new_tokens: int,
     teacher_seconds: float = 0.0,
+    disk: DiskRates | None = None,
 ) -> Fixed:
-    """First guesses; the Clock replaces each by what it measures."""
+    """First guesses; the Clock replaces each by what it measures. disk: that of the optimizer's state."""
     saved = checkpoint_bytes(sizes)
+    gathered = 0.0 if disk is None else sizes.moved.step.read / disk.read
     token = layers * defaults.DECODE_SECONDS_PER_LAYER + sizes.weights / (2 * rates.copy)
-    written = sizes.merged or sizes.adapter
+    written = sizes.merged + sizes.exported or sizes.adapter
+    read = sizes.unquantised + sizes.streamed
     return Fixed(
-        load=defaults.LOAD_SECONDS + (sizes.unquantised + sizes.teacher) / defaults.LOAD_BYTES_PER_SECOND,
+        load=defaults.LOAD_SECONDS + (read + sizes.teacher) / defaults.LOAD_BYTES_PER_SECOND,
         eval=eval_seconds,
         eval_between=eval_between_seconds,
         samples=max_new_tokens * token if samples else 0.0,
-        save=defaults.SAVE_SECONDS + saved / rates.disk_write,
+        save=defaults.SAVE_SECONDS + gathered + saved / rates.disk_write,
         export=defaults.EXPORT_SECONDS
         + written / rates.disk_write
-        + max(written, sizes.unquantised) / defaults.EXPORT_BYTES_PER_SECOND,
+        + max(written, read) / defaults.EXPORT_BYTES_PER_SECOND,
         report=defaults.REPORT_SECONDS,
         teacher=teacher_seconds,
     )

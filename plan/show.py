@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .offload_writes import size_text
 from .plan import Plan
 from .refusal import gigabytes
 
@@ -21,6 +22,8 @@ def render(plan: Plan) -> RenderableType:
     for tier in ("device", "host"):
         if plan.memory[tier]:
             parts.append(_memory(plan, tier))
+    if not plan.placement.all_on_device:
+        parts.append(_placement(plan))
     parts.append(_timeline(plan))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
@@ -54,11 +57,19 @@ def _decisions(plan: Plan) -> Table:
         *((key, "", plan.reasons[key]) for key in ("filter", "sources", "objective") if key in plan.reasons),
         (
             "checkpointing",
-            "activations" if plan.activation_checkpointing else "off",
+            f"{plan.recomputed_layers} layers" if plan.recomputed_layers else "off",
             plan.reasons.get("activation_checkpointing", ""),
         ),
         ("held out", f"{plan.eval_rows:,} rows", plan.reasons.get("eval_rows", "")),
     ]
+    if plan.placement.all_on_device:
+        rows += [
+            (key, "device", plan.reasons[key])
+            for key in ("offload.optimizer", "offload.weights", "offload.activations")
+            if key in plan.reasons
+        ]
+    else:
+        rows.append(("disk writes", size_text(plan.disk_writes), plan.reasons.get("disk_writes", "")))
     table = Table("plan for", plan.model, "because", box=box.SIMPLE_HEAD, pad_edge=False)
     for label, value, reason in rows:
         table.add_row(Text(label, style="cyan"), Text(value), Text(reason, style="dim"))
@@ -79,6 +90,13 @@ def _memory(plan: Plan, tier: str) -> Table:
     return table
 
 
+def _placement(plan: Plan) -> Table:
+    table = Table("lives on", "", "", "because", box=box.SIMPLE_HEAD, pad_edge=False)
+    for part, tier, size, why in plan.placement.rows():
+        table.add_row(part, tier, Text(size_text(size), justify="right"), Text(why, style="dim"))
+    return table
+
+
 def _timeline(plan: Plan) -> Table:
     table = Table("time", "", "", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, seconds in plan.timeline.items():
@@ -95,7 +113,7 @@ def _timeline(plan: Plan) -> Table:
     table.add_row(
         Text("finish", style="bold"),
         Text(duration(plan.finish_seconds), style="bold", justify="right"),
-        f"{plan.reasons.get('finish', '')}{money}; writes {gigabytes(plan.disk_bytes)}",
+        f"{plan.reasons.get('finish', '')}{money}; writes {size_text(plan.disk_writes or plan.disk_bytes)}",
     )
     return table
 

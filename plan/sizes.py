@@ -8,9 +8,11 @@ import psutil
 import torch
 
 from ..models.facts import ModelFacts
+from ..offload.layer_layout import predicted_bytes
 from ..optimizers import gradient_elements, state_bytes, update_cost
 from ..optimizers.q_apollo import int8_bytes
 from ..recipes import QApollo, Recipe
+from ..recipes.offload import Tier
 from .memory import Sizes
 from .objectives import Extra
 from .precision import Precision
@@ -28,31 +30,43 @@ def count_sizes(
     *,
     libraries: int,
     extra: Extra | None = None,
+    weights_tier: Tier = "device",
 ) -> Sizes:
     """Sizes in bytes. `libraries`: see `resident_bytes`; `extra`: what the objective adds."""
     extra = extra or Extra()
     itemsize = precision.dtype.itemsize
-    unquantised = facts.parameters * itemsize
+    whole = facts.parameters * itemsize
+    stream = None
+    if weights_tier != "device":
+        stream = predicted_bytes(facts.parameter_shapes, itemsize=itemsize)
+    held = _held_bytes(recipe, facts, trained, itemsize) if stream is None else stream.memory
     own_bytes = itemsize * sum(slot.elements for slot in trained.own)
     added_bytes = 4 * trained.added_parameters  # adapters are float32
-    state_dtype = torch.float32 if trained.added else precision.dtype
-    merged = 0 if recipe.export.final in ("adapter", "none") else unquantised
+    merged = 0 if recipe.export.final in ("adapter", "none") else whole
     # PEFT trains a copy of `modules_to_save` beside the frozen original; `own` names only those without one.
     return Sizes(
-        weights=_held_bytes(recipe, facts, trained, itemsize),
-        unquantised=unquantised,
+        weights=held,
+        unquantised=whole if stream is None else held,
         adapter=added_bytes,
         trained=own_bytes + added_bytes,
         gradients=gradient_bytes(recipe, trained, itemsize),
-        optimizer=state_bytes(recipe.optimizer, trained.slots, state_dtype),
-        update=update_cost(recipe.optimizer, trained.slots, state_dtype),
+        optimizer=state_bytes(recipe.optimizer, trained.slots, state_dtype(trained, precision)),
+        update=update_cost(recipe.optimizer, trained.slots, state_dtype(trained, precision)),
         largest=max(prod(shape) for _, shape in facts.parameter_shapes) * itemsize,
         libraries=libraries,
-        merged=merged,
+        merged=merged if stream is None else 0,
         reference=own_bytes + added_bytes if extra.reference else 0,
         teacher=extra.teacher.bytes if extra.teacher is not None else 0,
         teacher_first=extra.teacher is not None and extra.teacher.stored,
+        weights_tier=weights_tier,
+        streamed=0 if stream is None else stream.store,
+        exported=0 if stream is None else merged,
     )
+
+
+def state_dtype(trained: Trained, precision: Precision) -> torch.dtype:
+    """Type of the trained weights, which the optimizer's state follows: adapters are float32."""
+    return torch.float32 if trained.added else precision.dtype
 
 
 def checkpoint_bytes(sizes: Sizes) -> int:
@@ -73,12 +87,16 @@ def accumulates(recipe: Recipe) -> bool:
     return steps != 1 and (steps is not None or not getattr(recipe.optimizer, "step_in_backward", False))
 
 
+def steps_in_backward(recipe: Recipe) -> bool:
+    """Whether each weight takes its step as soon as its gradient is known."""
+    return bool(getattr(recipe.optimizer, "step_in_backward", False)) and not accumulates(recipe)
+
+
 def measures_first(recipe: Recipe) -> bool:
     """Whether a step runs forward and backward once more, to know the gradient's norm before it steps."""
     optimizer = recipe.optimizer
-    in_backward = getattr(optimizer, "step_in_backward", False) and not accumulates(recipe)
     exact = getattr(optimizer, "clipping", None) == "exact" and optimizer.max_grad_norm is not None
-    return bool(in_backward and exact)
+    return steps_in_backward(recipe) and exact
 
 
 def resident_bytes() -> int:

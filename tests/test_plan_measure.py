@@ -4,9 +4,11 @@ import pytest
 import torch
 from plan_cases import recipe, tiny_facts
 from shoestring.models.facts import read_facts
+from shoestring.offload.activation_model import recompute_first
+from shoestring.offload.activations import apply_activations
 from shoestring.plan.live_bytes import LiveBytes
 from shoestring.plan.measure import _inputs, measure
-from shoestring.plan.measurement import Setting
+from shoestring.plan.measurement import Setting, mixed
 from shoestring.plan.precision import choose_precision
 from shoestring.plan.replica import build_replica
 from shoestring.recipes import Recipe
@@ -105,3 +107,39 @@ def test_four_bits_are_measured_as_they_are_trained() -> None:
     wanted = recipe("model.load_in_4bit=true")
     measured = measure(wanted, read_facts(wanted.model), CPU, setting(wanted))
     assert measured.saved.at(4, 192) > 0
+
+
+@pytest.mark.parametrize("overrides", [(), ("adapter=null", "data.packing=false")])
+def test_some_layers_computed_again_are_predicted_from_none_and_all(overrides: tuple[str, ...]) -> None:
+    wanted, facts = recipe(*overrides), tiny_facts()
+    packed = not overrides
+    how = setting(wanted, packed=packed)
+    both = [
+        measure(wanted, facts, CPU, setting(wanted, packed=packed, checkpointing=again))
+        for again in (False, True)
+    ]
+    layers = facts.layers
+    model = build_replica(
+        wanted, facts, layers, device=CPU, dtype=how.precision.dtype, packed=packed, checkpointing=False
+    )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = _inputs(how, 192, CPU)
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision.autocast):
+            hidden: torch.Tensor = base.get_decoder()(**inputs).last_hidden_state
+        return hidden
+
+    warm = forward()  # gradients exist from here on, and count for no measurement
+    warm.backward(torch.ones_like(warm))
+    del warm
+    for again in range(layers):
+        with apply_activations(model, recompute_first(again, layers)), LiveBytes(CPU) as live:
+            hidden = forward()
+            saved = live.now
+            hidden.backward(torch.ones_like(hidden))
+            peak = live.peak
+            del hidden
+        predicted = mixed(*both, again / layers)
+        assert predicted.saved.at(layers, 192) == pytest.approx(saved, rel=0.05)
+        assert predicted.peak.at(layers, 192) == pytest.approx(peak, rel=0.05)

@@ -9,7 +9,7 @@ from typing import Any
 from ..recipes.errors import UserError
 
 # Sections of the recipe that change nothing in the weights that the next step computes.
-FREE_SECTIONS = frozenset({"output_dir", "track", "export", "checkpoint", "eval"})
+FREE_SECTIONS = frozenset({"output_dir", "track", "export", "checkpoint", "eval", "offload"})
 
 
 def run_identity(recipe: Mapping[str, Any], *, data: str, base: str, world_size: int) -> dict[str, Any]:

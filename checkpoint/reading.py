@@ -19,7 +19,7 @@ from .aside import sweep
 from .errors import BrokenCheckpoint, NewerFormat
 from .files import hash_inside, read_inside
 from .manifest import Manifest, read_manifest
-from .tensors import check_header, read_tensors
+from .tensors import FileTensor, check_header, open_tensors, read_tensors
 
 _NAME = re.compile(r"checkpoint-(\d{6,18})")
 _JSON_LIMIT = 100_000_000  # bytes
@@ -41,6 +41,10 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under `name`, on the CPU, in their exact dtypes. KeyError without such a file."""
         return read_tensors(self.path / self._file(f"{name}.safetensors"))
+
+    def open_tensors(self, name: str) -> dict[str, FileTensor]:
+        """As `tensors`, but each is read when and as far as it is asked for."""
+        return open_tensors(self.path / self._file(f"{name}.safetensors"))
 
     def json(self, name: str) -> Any:
         """The value saved under `name` (tuples as lists). KeyError when there is no such file."""

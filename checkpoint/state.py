@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..offload.optimizer import OffloadedOptimizer
+from ..offload.stored import Stored, whole
 from ..recipes.errors import UserError
 from .random_state import random_state as random_state
 from .random_state import set_random_state as set_random_state
@@ -24,15 +26,16 @@ Names = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, names: Names
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor | Stored], dict[str, Any]]:
     """(tensors, JSON-able rest) of `optimizer`. names: `model.named_parameters()`, or such a dict.
 
-    The tensors are the optimizer's own, not copies: save them before the next step. One that several
+    The tensors are the optimizer's own, not copies: save them before the next step. Those that lie on another
+    tier are `Stored`, to be read by ranges. One that several
     parameters share (the 8-bit maps of bitsandbytes) is stored once. TypeError names a value that cannot be
     stored.
     """
     name_of = {id(parameter): name for name, parameter in _pairs(names)}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Stored] = {}
     stored: dict[int, str] = {}
     groups = []
     parameters: dict[str, Any] = {}
@@ -57,14 +60,17 @@ def optimizer_state(
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Names, tensors: Mapping[str, Tensor], json: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    names: Names,
+    tensors: Mapping[str, Tensor | Stored],
+    json: Mapping[str, Any],
 ) -> None:
     """Put what `optimizer_state` gave into `optimizer`, which may be fresh. UserError names the first
     mismatch.
 
     All is checked before anything is changed. Tensors go to their parameter's device (or stay on the CPU
     where they were kept there), in the dtype they were saved in; on the CPU the given tensors are used, not
-    copied.
+    copied. `Stored` ones are read, by ranges where the state lies on another tier.
     """
     if json["optimizer"] != _class_name(optimizer):
         raise _mismatch(f"was saved by {json['optimizer']}, this run uses {_class_name(optimizer)}")
@@ -84,7 +90,9 @@ def load_optimizer_state(
         for parameter in group["params"]:
             place = _placer(optimizer, parameter, tensors, placed)
             state = _decode(json["parameters"][name_of[id(parameter)]]["state"], place)
-            if state:
+            if isinstance(optimizer, OffloadedOptimizer):
+                optimizer.put_state(parameter, state)
+            elif state:
                 optimizer.state[parameter] = state
             else:
                 optimizer.state.pop(parameter, None)
@@ -103,7 +111,7 @@ def _check_members(index: int, saved: list[str], here: list[str]) -> None:
 
 
 def _check_parameter(
-    name: str, parameter: Tensor, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    name: str, parameter: Tensor, saved: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored]
 ) -> None:
     entry = saved[name]
     if entry["shape"] != list(parameter.shape):
@@ -125,16 +133,20 @@ def _check_parameter(
 def _placer(
     optimizer: torch.optim.Optimizer,
     parameter: Tensor,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stored],
     placed: dict[tuple[str, torch.device], Tensor],
-) -> Callable[[Mapping[str, Any], str], Tensor]:
+) -> Callable[[Mapping[str, Any], str], Tensor | Stored]:
     # bitsandbytes' paged optimizers keep large states in memory that the driver moves by itself; only the
     # optimizer can allocate it, and a state loaded elsewhere would stay on the device for good (bitsandbytes
     # issue 782).
     allocate = getattr(optimizer, "get_state_buffer", None) if getattr(optimizer, "is_paged", False) else None
 
-    def place(leaf: Mapping[str, Any], key: str) -> Tensor:
+    def place(leaf: Mapping[str, Any], key: str) -> Tensor | Stored:
         tensor = tensors[leaf["tensor"]]
+        if isinstance(optimizer, OffloadedOptimizer):
+            return tensor
+        if isinstance(tensor, Stored):
+            tensor = whole(tensor)
         if allocate is not None and key in ("state1", "state2") and tensor.shape == parameter.shape:
             buffer: Tensor = allocate(parameter, dtype=tensor.dtype)
             return buffer.copy_(tensor)
@@ -145,20 +157,25 @@ def _placer(
 
 
 def _option_placer(
-    group: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    group: Mapping[str, Any], tensors: Mapping[str, Tensor | Stored]
 ) -> Callable[[Mapping[str, Any], str], Tensor]:
     """A rate kept as a tensor goes to the device of the one it replaces."""
 
     def place(leaf: Mapping[str, Any], key: str) -> Tensor:
         here = group.get(key)
-        tensor = tensors[leaf["tensor"]]
+        saved = tensors[leaf["tensor"]]
+        tensor = whole(saved) if isinstance(saved, Stored) else saved
         return tensor.to(here.device) if isinstance(here, Tensor) else tensor
 
     return place
 
 
 def _encode(
-    value: Any, where: str, parameter: Tensor | None, tensors: dict[str, Tensor], stored: dict[int, str]
+    value: Any,
+    where: str,
+    parameter: Tensor | None,
+    tensors: dict[str, Tensor | Stored],
+    stored: dict[int, str],
 ) -> Any:
     """A tree of {"tensor"|"value"|"list"|"tuple"|"dict": ...}; tensors go to `tensors` under their path."""
     if isinstance(value, Tensor):
@@ -166,6 +183,9 @@ def _encode(
         tensors[key] = value.detach()
         follows = parameter is not None and value.device == parameter.device
         return {"tensor": key, "dtype": str(value.dtype), "shape": list(value.shape), "follows": follows}
+    if isinstance(value, Stored):
+        tensors[where] = value
+        return {"tensor": where, "dtype": str(value.dtype), "shape": list(value.shape), "follows": True}
     if value is None or type(value) in (bool, int, float, str):
         return {"value": value}
     if type(value) in (list, tuple):
@@ -181,7 +201,9 @@ def _encode(
     raise TypeError(f"the optimizer's state {where} is a {type(value).__name__}: it cannot be saved")
 
 
-def _decode(tree: Mapping[str, Any], place: Callable[[Mapping[str, Any], str], Tensor], key: str = "") -> Any:
+def _decode(
+    tree: Mapping[str, Any], place: Callable[[Mapping[str, Any], str], Tensor | Stored], key: str = ""
+) -> Any:
     if "tensor" in tree:
         return place(tree, key)
     if "value" in tree:
@@ -204,6 +226,8 @@ def _pairs(names: Names) -> Iterable[tuple[str, Tensor]]:
 
 
 def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    if isinstance(optimizer, OffloadedOptimizer):  # where the state lives is no part of what it is
+        optimizer = optimizer.inner
     return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__qualname__}"
 
 

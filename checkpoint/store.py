@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__
+from ..offload.stored import Stored
 from ..recipes.errors import UserError
 from . import strict_json
 from .aside import aside, publish, sweep
@@ -42,7 +43,7 @@ def save(
     folder: Path,
     *,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor | Stored]],
     json: Mapping[str, Any],
     copy: Callable[[Path], object] | None = None,
     copy_bytes: int = 0,

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..offload.stored import Stored, chunks
 from .errors import BrokenCheckpoint
 from .files import open_inside
 
@@ -42,7 +43,7 @@ _CODES = {
 }
 
 
-def encode_header(tensors: Mapping[str, Tensor]) -> bytes:
+def encode_header(tensors: Mapping[str, Tensor | Stored]) -> bytes:
     """Length and header of the file that holds `tensors`. TypeError names a tensor that cannot be stored."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -63,10 +64,17 @@ def encode_header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The data after the header: one chunk a tensor; no copy of a contiguous tensor on the CPU."""
+def tensor_chunks(tensors: Mapping[str, Tensor | Stored]) -> Iterator[memoryview]:
+    """The data after the header: one chunk a tensor; no copy of a contiguous tensor on the CPU.
+
+    What lies on another tier comes in small chunks and is never whole in memory.
+    """
     for name in _order(tensors):
-        tensor = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous()
+        given = tensors[name]
+        if isinstance(given, Stored):
+            yield from (chunk.view(torch.uint8).numpy().data for chunk in chunks(given))
+            continue
+        tensor = given.detach().resolve_conj().resolve_neg().cpu().contiguous()
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -94,13 +102,52 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+class FileTensor:
+    """`Stored`: a tensor in a safetensors file, read by ranges of its elements."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, shape: torch.Size, offset: int) -> None:
+        self.dtype, self.shape = dtype, shape
+        self._path, self._offset = path, offset
+
+    @property
+    def nbytes(self) -> int:
+        """See Stored."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def read(self, first: int, count: int) -> Tensor:
+        """See Stored. Raises BrokenCheckpoint when the file ends early."""
+        result = torch.empty(count, dtype=self.dtype)
+        data = result.view(torch.uint8).numpy().data
+        with open(self._path, "rb") as file:
+            file.seek(self._offset + first * self.dtype.itemsize)
+            if file.readinto(data) != len(data):
+                raise BrokenCheckpoint(f"{self._path.name} ends before its last tensor")
+        return result
+
+
+def open_tensors(path: Path) -> dict[str, FileTensor]:
+    """All tensors of a file whose header has been checked; nothing but the header is read."""
+    dtypes = {code: dtype for dtype, code in _CODES.items()}
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: FileTensor(
+            path, dtypes[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _order(tensors: Mapping[str, Tensor | Stored]) -> list[str]:
     """Widest elements first, so that each tensor is aligned to its own size; then by name."""
     for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) and not isinstance(tensor, Stored):
             raise TypeError(f"{name} is a {type(tensor).__name__}: only plain tensors are stored")
-        if tensor.layout is not torch.strided or tensor.dtype not in _CODES:
-            raise TypeError(f"{name} ({tensor.dtype}, {tensor.layout}) has no form in a safetensors file")
+        layout = tensor.layout if isinstance(tensor, Tensor) else torch.strided
+        if layout is not torch.strided or tensor.dtype not in _CODES:
+            raise TypeError(f"{name} ({tensor.dtype}, {layout}) has no form in a safetensors file")
         if name == "__metadata__":
             raise ValueError("a tensor must not be named __metadata__")
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_optimizer_state, optimizer_state
 from ..data import Batch
+from ..offload import Stored
+from ..offload.streamed_model import StreamedModel
 from ..ops import FreedMemory, Int8Weight, dense_weights, make_dense
 from ..ops.int8_weight import from_plain, to_plain
 from ..optimizers import clip_by_global_norm
@@ -52,6 +54,8 @@ class NativeEngine:
     stepper: BackwardStepper | None = None
     """Steps inside the backward pass, where a step has one micro-batch: with more, all gradients are held
     until the last one anyway, and the ordinary step clips exactly and applies all or nothing."""
+    streamed: StreamedModel | None = None
+    """Holds the layers' weights where they are not on the device."""
     in_backward: BackwardPass | None = field(default=None, init=False)
     """What the last `forward_backward` has stepped already, if it has."""
     rehearsing: bool = field(default=False, init=False)
@@ -173,16 +177,20 @@ class NativeEngine:
         end_at_averaged_weights(self.optimizer)
         make_dense(self.loss_module.model)
 
-    def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Tensors by file name, and JSON: the trained weights and the optimizer's state."""
         tensors, settings = optimizer_state(self.optimizer, self.parameters)
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, Tensor | Stored] = {}
         for name, p in self.parameters.items():
-            weights.update(to_plain(name, p) if isinstance(p, Int8Weight) else {name: p.detach()})
+            if isinstance(p, Int8Weight):
+                weights.update(to_plain(name, p))
+            else:
+                away = None if self.streamed is None else self.streamed.stored(p)
+                weights[name] = p.detach() if away is None else away
         return {"trained": weights, "optimizer": tensors}, {"optimizer": settings}
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, dict[str, Tensor]], settings: dict[str, Any]) -> None:
+    def load_state_dict(self, tensors: dict[str, Any], settings: dict[str, Any]) -> None:
         """Restore what state_dict gave, bit for bit."""
         weights = dict(tensors["trained"])
         for name, p in self.parameters.items():
@@ -193,8 +201,11 @@ class NativeEngine:
         if weights.keys() != self.parameters.keys():
             odd = sorted(weights.keys() ^ self.parameters.keys())
             raise ValueError(f"the checkpoint's trained parameters differ from the model's: {odd[:4]}")
+        if self.streamed is not None:
+            self.streamed.load({p: weights[name] for name, p in self.parameters.items()})
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+            if self.streamed is None or self.streamed.stored(parameter) is None:
+                parameter.copy_(weights[name])
         load_optimizer_state(self.optimizer, self.parameters, tensors["optimizer"], settings["optimizer"])
         if isinstance(self.optimizer, BAdam):
             self.optimizer.activate()

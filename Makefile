@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # What is installed: this tree, editable. .ci/run gives a built wheel instead.
 INSTALL ?= --editable .
-EXTRAS := quantized,optimizers,gguf,tensorboard,demo,oracle,dev
+EXTRAS := quantized,optimizers,gguf,tensorboard,deepspeed,demo,oracle,dev
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
-ROOMS := adapters checkpoint data models ops optimizers plan recipes schedules train
+ROOMS := adapters checkpoint data models offload ops optimizers plan recipes schedules train
 
 .PHONY: install demo test check types bench clean
 

@@ -34,13 +34,29 @@ def merge_in_place(model: Any) -> PreTrainedModel:
     if not hasattr(model, "peft_config"):
         plain: PreTrainedModel = model
         return plain
-    from peft.tuners.lora import Linear
 
     inner = model.get_base_model()
     dtype = _compute_dtype(inner)
     if getattr(inner, "is_quantized", False):
         _dequantise(inner, dtype)
-    for _, layer in lora_layers(model):
+    merge_layers(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged: PreTrainedModel = model.merge_and_unload()
+    for parameter in merged.parameters():  # modules_to_save were trained in float32
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(True)
+    return merged
+
+
+@torch.no_grad()
+def merge_layers(module: torch.nn.Module) -> None:
+    """Merge the PEFT layers inside `module` that are not merged yet, each in float32 and rounded once."""
+    from peft.tuners.lora import Linear
+
+    for _, layer in lora_layers(module):
+        if layer.merged:
+            continue
         base = layer.get_base_layer()
         stored = base.weight.dtype
         base.weight.data = base.weight.data.float()
@@ -52,13 +68,6 @@ def merge_in_place(model: Any) -> PreTrainedModel:
         )
         merge(layer, safe_merge=True)
         base.weight.data = base.weight.data.to(stored)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        merged: PreTrainedModel = model.merge_and_unload()
-    for parameter in merged.parameters():  # modules_to_save were trained in float32
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(True)
-    return merged
 
 
 def _compute_dtype(model: Any) -> torch.dtype:

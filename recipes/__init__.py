@@ -4,6 +4,14 @@ Plain values: imports nothing else of shoestring, and no torch.
 """
 
 from .choices import AdapterConfig, LoraAdapter
+from .engine import (
+    AioConfig,
+    DeepSpeedConfig,
+    EngineConfig,
+    Fsdp2Config,
+    NativeEngineConfig,
+    ZenFlowConfig,
+)
 from .errors import BudgetError, DivergedError, ShoestringError, UserError
 from .load import load_recipe
 from .model_data import Columns, DataConfig, ModelConfig, Source
@@ -15,6 +23,7 @@ from .objectives import (
     SftObjective,
     SftThenDpoObjective,
 )
+from .offload import OffloadConfig
 from .optimizers import (
     Adafactor,
     AdaLomo,
@@ -70,6 +79,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "AdapterConfig",
+    "AioConfig",
     "Apollo",
     "ApolloMini",
     "BAdam",
@@ -84,13 +94,16 @@ __all__ = [
     "Cosmos",
     "Count",
     "DataConfig",
+    "DeepSpeedConfig",
     "DistillObjective",
     "DivergedError",
     "DpoObjective",
+    "EngineConfig",
     "EvalConfig",
     "Every",
     "ExportConfig",
     "Frugal",
+    "Fsdp2Config",
     "GaLore",
     "InverseSqrtSchedule",
     "Joules",
@@ -103,8 +116,10 @@ __all__ = [
     "ModelConfig",
     "Money",
     "Muon",
+    "NativeEngineConfig",
     "NaturalGaLore",
     "ObjectiveConfig",
+    "OffloadConfig",
     "OneCycleSchedule",
     "OptimizerConfig",
     "OwnObjective",
@@ -134,6 +149,7 @@ __all__ = [
     "UserError",
     "WsdSSchedule",
     "WsdSchedule",
+    "ZenFlowConfig",
     "copy_preset",
     "json_schema",
     "list_presets",

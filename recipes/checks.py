@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .engine_checks import engine_problems
 from .objective_checks import objective_problems
 from .objectives import DpoObjective
 from .problem import Problem
@@ -21,6 +22,7 @@ def problems(recipe: "Recipe") -> list[Problem]:
         *_adapter(recipe),
         *_data(recipe),
         *_export(recipe),
+        *engine_problems(recipe),
     ]
 
 

@@ -14,8 +14,10 @@ from pydantic_core.core_schema import WithDefaultSchema
 
 from .checks import problems
 from .choices import LoraAdapter
+from .engine import EngineConfig, NativeEngineConfig
 from .model_data import DataConfig, ModelConfig
 from .objectives import ObjectiveConfig, SftObjective
+from .offload import OffloadConfig
 from .optimizers import AdamW, OptimizerConfig
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
 from .schedules import RexSchedule, ScheduleConfig
@@ -56,6 +58,14 @@ class Recipe(Section):
     optimizer: OptimizerConfig = Field(default_factory=AdamW, description="How a gradient becomes an update.")
     schedule: ScheduleConfig = Field(
         default_factory=RexSchedule, description="How the rate moves through the budget."
+    )
+    offload: OffloadConfig = Field(
+        default_factory=OffloadConfig,
+        description="Which part of the training state lives on the device, in host memory or on disk.",
+    )
+    engine: EngineConfig = Field(
+        default_factory=NativeEngineConfig,
+        description="What makes the steps, and cuts the training state up over several processes.",
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="How a step is made.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="When and how the model is measured.")

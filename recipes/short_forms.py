@@ -18,6 +18,7 @@ SHORT_FORMS = {
     "adapter": "name",
     "optimizer": "name",
     "schedule": "name",
+    "engine": "name",
     "track": "report_to",
     "export": "final",
 }
@@ -26,7 +27,13 @@ SHORT_FORMS = {
 OLD_NAMES = {"train": {"gradient_checkpointing": "activation_checkpointing"}}
 """Section -> names that transformers still understands, and the new name of each."""
 
-DEFAULT_NAMES = {"objective": "sft", "adapter": "lora", "optimizer": "adamw", "schedule": "rex"}
+DEFAULT_NAMES = {
+    "objective": "sft",
+    "adapter": "lora",
+    "optimizer": "adamw",
+    "schedule": "rex",
+    "engine": "native",
+}
 """Section -> the `name` of a mapping that gives none."""
 
 

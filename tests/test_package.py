@@ -26,6 +26,7 @@ LAYERS = (
     {"train"},
     {"plan"},
     {"adapters", "checkpoint", "data", "models"},
+    {"offload"},
     {"optimizers", "schedules"},
     {"ops"},
     {"recipes"},

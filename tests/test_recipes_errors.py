@@ -40,7 +40,7 @@ AFTER = {
     "section_of_nowhere": (
         "pruning: null\n",
         "recipe.yaml:4  pruning is not a key; allowed: model, data, budget, objective, adapter, "
-        "optimizer, schedule, train, eval, checkpoint, track, export, output_dir",
+        "optimizer, schedule, offload, engine, train, eval, checkpoint, track, export, output_dir",
     ),
     "names_of_other_tools": (
         "micro_batch_size: 3\nlr: 3\nnum_epochs: 3\nwarmup_ratio: 0.1\ncutoff_len: 1\n",

@@ -15,6 +15,8 @@ from ..adapters import attach
 from ..checkpoint import Checkpoint
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
+from ..offload.activation_model import recompute_first
+from ..offload.activations import apply_activations
 from ..ops import use_fused, use_int8_weights, use_wta_crs
 from ..optimizers import build_optimizer, share_line, slots, takes_matrices
 from ..optimizers.in_backward import BackwardStepper
@@ -22,10 +24,14 @@ from ..plan import Plan, data_facts, make_plan, probe
 from ..recipes import DistillObjective, DpoObjective, OwnObjective, QApollo, Recipe
 from ..recipes.errors import UserError
 from ..schedules import Clock, Limits
+from . import engines
 from .engine import NativeEngine
-from .objectives import LossModule, base_model, build_objective
+from .objectives import LossModule, build_objective
+from .offloading import place_state
 from .rundir import RunDir
 from .screen import Screen
+from .sharded import optimizer_of
+from .streaming import open_streamed, use_fused_streamed
 from .teacher import OnlineTeacher, StoredTeacher, open_teacher
 
 
@@ -152,7 +158,11 @@ def build_engine(
         )
     set_seed(recipe.train.seed)
     device = accelerator.device
-    model = load_model(facts, recipe.model, device=device, dtype=getattr(torch, plan.dtype))
+    streamed = open_streamed(recipe, plan, facts, device, accelerator.num_processes)
+    if streamed is not None:
+        model: Any = streamed.model
+    else:
+        model = load_model(facts, recipe.model, device=device, dtype=getattr(torch, plan.dtype))
     if plan.packed:
         use_packed_attention(model)
     adapter = recipe.adapter
@@ -167,26 +177,30 @@ def build_engine(
         saved=checkpoint.path if checkpoint is not None and adapter is not None else None,
         checkpointing="non_reentrant" if plan.activation_checkpointing else "none",
     )
-    fused = use_fused(trained) if recipe.train.fused_ops else []
+    fused = [] if streamed is None else [*streamed.lines]
+    if recipe.train.fused_ops:
+        fused += use_fused(trained) if streamed is None else use_fused_streamed(streamed, trained)
     if recipe.train.wta_crs_ratio is not None:
         fused += use_wta_crs(trained, recipe.train.wta_crs_ratio)
     trained.to(device)
-    if plan.activation_checkpointing:
-        base_model(trained).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+    if plan.recomputed_layers and streamed is None:  # streamed ones are recomputed anyway
+        apply_activations(trained, recompute_first(plan.recomputed_layers, facts.layers))
     objective = build_objective(recipe.objective, trained, adapter=adapter, teacher=teacher)
     if isinstance(recipe.optimizer, QApollo):
         fused += use_int8_weights(trained, recipe.optimizer.group_size)
     optimizer = build_optimizer(
         trained,
-        recipe.optimizer.model_copy(update={"weight_decay": plan.weight_decay}),
+        optimizer_of(recipe).model_copy(update={"weight_decay": plan.weight_decay}),
         loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None,
         seed=recipe.train.seed,
     )
     if takes_matrices(recipe.optimizer):
         fused.append(f"{recipe.optimizer.name}: {share_line(slots(trained))}")
-    engine = NativeEngine(accelerator, LossModule(trained, objective), optimizer, plan.autocast)
+    optimizer, placed = place_state(optimizer, recipe, plan)
+    fused += placed
+    module = LossModule(trained, objective)
+    engine = engines.build(recipe, accelerator, module, optimizer, autocast=plan.autocast)
+    engine.streamed = streamed
     if in_backward:
         own = recipe.optimizer
         engine.stepper = BackwardStepper(optimizer, own.max_grad_norm, getattr(own, "clipping", "previous"))

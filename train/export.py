@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..adapters import compare_logits, load_adapter_state, merge_in_place, save_adapter
 from ..models import plain_attention
+from ..offload.streamed_model import StreamedModel
 from ..recipes.errors import ShoestringError
 from .objectives import base_model
+from .streaming import write_merged
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Exported:
     kind: str
     comparison: dict[str, float | bool]
     model: nn.Module
+    streamed: StreamedModel | None = None
+    """Holds the weights of `model` that are not in memory; to be closed."""
 
     @property
     def line(self) -> str:
@@ -48,13 +53,17 @@ def export_final(
     probe: Tensor,
     card: str,
     autocast: bool,
+    streamed: StreamedModel | None = None,
+    load_again: Callable[[Path, Any, torch.dtype], StreamedModel] | None = None,
 ) -> Exported:
     """Write the trained model to `folder`, load it again and compare logits on `probe` ([1, L] token ids).
 
     Written aside and renamed, so `folder` is always whole. With `merged` the adapter is merged in place:
     the trained model is gone afterwards, which spares its memory to the reloaded one. The adapter, if
     there is one, is saved first: in `folder/adapter` beside a merged model, else as `folder` itself.
-    autocast: the weights are float32 only for training and are written in bf16.
+    autocast: the weights are float32 only for training and are written in bf16. streamed: holds weights of
+    the model that are not in memory; it is closed, and the copy is loaded by `load_again(folder, config,
+    dtype)`, streamed too.
 
     Raises ShoestringError when the reloaded model does not say what the trained one said.
     """
@@ -66,14 +75,23 @@ def export_final(
     if has_adapter:
         save_adapter(model, aside / "adapter" if merged else aside, portable=True)
     if merged or not has_adapter:
-        plain: Any = merge_in_place(model) if has_adapter else model
-        if autocast:
-            plain.to(torch.bfloat16)
-        plain.save_pretrained(aside)
-        dtype = plain.dtype
-        device = plain.device
-        del model, plain
-        reloaded: nn.Module = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
+        plain: Any
+        reloaded: nn.Module
+        if streamed is not None and load_again is not None:
+            plain = write_merged(streamed, model, aside, torch.bfloat16 if autocast else None)
+            dtype, config = torch.bfloat16 if autocast else plain.dtype, plain.config
+            streamed.close()
+            del model, plain
+            streamed = load_again(aside, config, dtype)
+            reloaded = streamed.model
+        else:
+            plain = merge_in_place(model) if has_adapter else model
+            if autocast:
+                plain.to(torch.bfloat16)
+            plain.save_pretrained(aside)
+            dtype, device = plain.dtype, plain.device
+            del model, plain
+            reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
         comparison = compare_logits(reference, model_logits(reloaded, probe), dtype=dtype)
         kind = "merged" if has_adapter else "full"
     else:
@@ -90,7 +108,7 @@ def export_final(
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)
-    return Exported(folder, kind, comparison, reloaded)
+    return Exported(folder, kind, comparison, reloaded, streamed)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenRows
+from ..offload import Stored
 from ..ops import give_back_freed_memory
 from ..plan import largest
 from .export import Exported, export_final
@@ -22,6 +24,7 @@ from .report import write_report
 from .rundir import write_json
 from .samples import answer
 from .saving import save_checkpoint
+from .streaming import reload_streamed
 from .tracking import Summary
 
 PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
@@ -110,6 +113,8 @@ def finish(run: Run, reason: str) -> Summary:
         return Summary()
     answering = run.engine.loss_module.model if exported is None else exported.model
     samples = _write_samples(run, _samples(run, answering))
+    if exported is not None and exported.streamed is not None:
+        exported.streamed.close()
     run.tracking.event("stop", step=state.step, reason=reason)
     summary = summarise(run, reason, exported)
     with _timed(run, "report"):
@@ -141,14 +146,6 @@ def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
     """The whole result in one object; what could not be measured is None."""
     state, clock = run.state, run.clock
     predicted = largest([stage.plan for stage in run.stages])
-    # by place in memory: the tables of bitsandbytes are in the state of every tensor, and there once
-    held = {
-        value.data_ptr(): value.nbytes
-        for entry in run.engine.optimizer.state.values()
-        for value in entry.values()
-        if isinstance(value, Tensor)
-    }
-    optimizer_bytes = sum(held.values())
     return Summary(
         stop_reason=reason,
         steps=state.step,
@@ -167,7 +164,7 @@ def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
         peak_host_bytes=run.memory.peak_host_bytes,
         predicted_device_bytes=predicted["device"].get("total"),
         predicted_host_bytes=predicted["host"]["total"],
-        optimizer_state_bytes=optimizer_bytes,
+        optimizer_state_bytes=_state_bytes(run.engine.optimizer),
         disk_bytes_written=psutil.Process().io_counters().write_bytes if psutil.LINUX else None,
         energy_joules=clock.joules,
         cost=clock.cost,
@@ -176,6 +173,17 @@ def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:
         legs=len(run.legs) + 1,
         energy_source=clock.energy_source,
     )
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """On whatever tier. By place: bitsandbytes' tables are in the state of every tensor, and there once."""
+    held = {
+        value.data_ptr() if isinstance(value, Tensor) else id(value): value.nbytes
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor | Stored)
+    }
+    return sum(held.values())
 
 
 def probe_tokens(rows: TokenRows) -> Tensor:
@@ -252,6 +260,8 @@ def _export(run: Run) -> Exported | None:
                 probe=probe_tokens(rows.eval if len(rows.eval) else rows.train),
                 card=model_card(run),
                 autocast=run.plan.autocast,
+                streamed=run.engine.streamed,
+                load_again=functools.partial(reload_streamed, run.recipe, run.plan, run.accelerator.device),
             )
             event["path"] = str(exported.path)
     elif run.is_main and run.run_dir.final.exists():

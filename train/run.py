@@ -18,6 +18,7 @@ from ..recipes import DistillObjective, Recipe, Resolved, load_recipe
 from ..schedules import Clock, Limits, energy_counters
 from .assembly import build_engine, fingerprint, teacher_of
 from .budget_file import BudgetFile
+from .engines import check_engine
 from .environment import describe_environment
 from .following import weight_decay_follower
 from .headline import headline
@@ -26,14 +27,17 @@ from .legs import leg_schedule, read_legs
 from .loop import train_loop
 from .meters import Memory, gpu_uuids
 from .objectives import LossModule, build_objective
+from .offloading import release_state
 from .parts import PAUSED, STAGE_OVER, Run, Stage, State
 from .rehearsal import memory_explained, rehearse
 from .restore import begin_leg, build_clock, load_weights, restore_clock
 from .rundir import RunDir
 from .saving import save_checkpoint
 from .screen import Screen, quiet_libraries
+from .sharded import begin_sharding, end_sharding
 from .signals import StopRequest, stop_on_signals
 from .stages import StagePlan, plan_stages
+from .streaming import order_arguments
 from .trackers import open_trackers
 from .tracking import Tracking
 
@@ -51,6 +55,7 @@ def train_recipe(
     keep_freed_memory()
     bound_kernel_cache()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    check_engine(resolved.recipe, accelerator)
     screen = Screen(active=accelerator.is_main_process)
     for note in resolved.notes:
         screen.warn(note)
@@ -85,11 +90,22 @@ def _train(
 ) -> int:
     run = build(resolved, accelerator, run_dir, screen, stop, started)
     run.pause_at = pause_at
+    try:
+        return _carry_out(run)
+    finally:
+        release_state(run.engine.optimizer)
+        if run.engine.streamed is not None:
+            run.engine.streamed.close()
+
+
+def _carry_out(run: Run) -> int:
+    screen, stop = run.screen, run.stop
     with memory_explained(run):
-        on_gpu = accelerator.device.type == "cuda"
+        on_gpu = run.accelerator.device.type == "cuda" and run.recipe.engine.name == "native"
         if on_gpu:
             rehearse(run)
         first_measurements(run)
+        begin_sharding(run.engine)
         reason = train_loop(run)
         while reason == STAGE_OVER:
             begin_stage(run, run.state.stage + 1)
@@ -107,6 +123,7 @@ def _train(
         where = f" in {saved}" if saved else ""
         screen.note(f"{reason}: saved step {run.state.step}{where}; the same command goes on from there")
         return stop.exit_code
+    end_sharding(run.engine)
     finish(run, reason)
     return 0
 
@@ -242,7 +259,7 @@ def _stage(number: int, plan: StagePlan, module: LossModule, recipe: Recipe) -> 
         objective=objective,
         data=plan.data,
         plan=plan.plan,
-        order=Order(plan.data.train, seed=seed, **plan.plan.order_arguments()),
+        order=Order(plan.data.train, seed=seed, **order_arguments(recipe, plan.plan)),
         end=plan.end,
     )
 

@@ -182,10 +182,12 @@ class RunDir:
         model: Any,
         tokenizer: Any,
         writable: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        streamed: Any = None,
     ) -> Callable[[Path], None]:
         """The `copy` of `checkpoint.save`: writes the adapter, or the whole model, and the tokenizer.
 
-        writable: entered while the model is written, `NativeEngine.writable`.
+        writable: entered while the model is written, `NativeEngine.writable`. streamed: holds weights of the
+        model that are not in memory.
         """
 
         def write(folder: Path) -> None:
@@ -194,6 +196,10 @@ class RunDir:
                     from ..adapters import save_adapter
 
                     save_adapter(model, folder)
+                elif streamed is not None:
+                    from ..offload.streamed_saving import save_streamed
+
+                    save_streamed(streamed, folder)
                 else:
                     model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

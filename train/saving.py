@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ..checkpoint import name_of, prune, random_state, save, set_best
 from ..schedules import StepPermit
 from .parts import Run
+from .sharded import whole_state
 
 
 def save_checkpoint(run: Run) -> Path | None:
@@ -21,9 +22,13 @@ def save_checkpoint(run: Run) -> Path | None:
     previous, state.last_saved = state.last_saved, state.step
     randoms = gather_object([random_state()])
     path = None
-    if run.is_main:
-        with run.clock.spent("save"), run.tracking.timed("save") as event:
-            tensors, settings = run.engine.state_dict()
+    with (
+        run.clock.spent("save"),
+        run.tracking.timed("save") as event,
+        whole_state(run.engine) as found,
+    ):
+        if found is not None:
+            tensors, settings = found
             reference = run.stage.objective.reference
             if reference is not None:
                 tensors["reference"] = reference.state_dict()
@@ -34,7 +39,10 @@ def save_checkpoint(run: Run) -> Path | None:
                     tensors=tensors,
                     json={"trainer": _trainer(run), "random": randoms, **settings},
                     copy=run.run_dir.model_writer(
-                        run.engine.loss_module.model, run.tokenizer, run.engine.writable
+                        run.engine.loss_module.model,
+                        run.tokenizer,
+                        run.engine.writable,
+                        run.engine.streamed,
                     ),
                     copy_bytes=sum(p.nbytes for p in run.engine.parameters.values()),
                 )

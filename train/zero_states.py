@@ -1,0 +1,126 @@
+"""The optimizer's state between DeepSpeed's flat shards and whole tensors by name.
+
+Stages 1 and 2 have one flat shard a group of parameters, which DeepSpeed gives by name. Stage 3 has one a
+sub-group, and a part of every parameter in it; with NVMe they lie on the disk and come one after the other,
+which asking for them by name would do once for each tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .sharded import MASTER
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+States = Mapping[str, Mapping[str, Tensor]]
+
+
+class ZeroStates:
+    """State of `adamw`, which DeepSpeed's `zero` steps its shards with.
+
+    zero: DeepSpeed's optimizer of stage 1, 2 or 3 (version 0.19). names: of the trained parameters.
+    """
+
+    def __init__(
+        self, zero: Any, adamw: torch.optim.AdamW, names: Mapping[str, nn.Parameter], *, stage: int
+    ) -> None:
+        self._zero, self._adamw, self._names, self._stage3 = zero, adamw, names, stage == 3
+        self._name_of = {id(p): name for name, p in names.items()}
+        self._shards: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self._stage3 else zero.single_partition_of_fp32_groups
+        )
+        # Now, since DeepSpeed links names to states once, after the step of the first group, when the others
+        # have none.
+        for index, shard in enumerate(self._shards):
+            with self._present(index):
+                moments = {key: torch.zeros_like(shard) for key in MOMENTS}
+                adamw.state[shard] = {"step": torch.zeros((), device=shard.device), **moments}
+        if not self._stage3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def gather(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each parameter's state, whole, on all processes; nothing before the first step."""
+        step = self._adamw.state[self._shards[0]]["step"]
+        if step == 0:
+            return
+        if self._stage3:
+            for index in range(len(self._shards)):
+                with self._present(index):
+                    for p in self._zero.fp16_groups[index]:
+                        state = {key: _joined(self._part(p, key), p) for key in self._keys(p)}
+                        yield self._name_of[id(p)], {"step": step, **state}
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, p in self._names.items():
+            state = {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            if p.dtype != torch.float32:
+                state[MASTER] = safe_get_full_fp32_param(p)
+            yield name, {"step": step, **state}
+
+    def scatter(self, states: States) -> None:
+        """Keep this process's part of each whole state; every process is given all of them."""
+        step = next(iter(states.values()))["step"]
+        for shard in self._shards:
+            self._adamw.state[shard]["step"].copy_(step)
+        if self._stage3:
+            for index in range(len(self._shards)):
+                with self._present(index):
+                    for p in self._zero.fp16_groups[index]:
+                        state = states.get(self._name_of[id(p)], {})
+                        for key in state.keys() - {"step"}:
+                            part = self._part(p, key)
+                            part.copy_(shard_of(state[key], part.numel()))
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for name, state in states.items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(self._names[name], state[key], key)
+            if MASTER in state:
+                safe_set_full_fp32_param(self._names[name], state[MASTER])
+
+    def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
+
+    def _part(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """This process's part of a parameter in its sub-group, which must be present."""
+        index, offset, count = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        shard = self._shards[index]
+        whole = shard.detach() if key == MASTER else self._adamw.state[shard][key]
+        part: Tensor = whole.narrow(0, offset, count)
+        return part
+
+    @contextmanager
+    def _present(self, index: int) -> Iterator[None]:
+        """A sub-group that lies on the disk, in memory and written back: always all in order, since DeepSpeed
+        reads the next one ahead.
+        """
+        if not self._stage3 or not self._zero._swappable_optimizer_subgroup(index):
+            yield
+            return
+        self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        self._zero._optimizer_states_and_gradient_swap_out(index)
+
+
+def shard_of(value: Tensor, elements: int) -> Tensor:
+    """This process's run of `elements`, with zeros after the last one."""
+    flat = value.flatten()
+    start = elements * dist.get_rank()
+    mine = flat[start : start + elements]
+    return nn.functional.pad(mine, (0, elements - mine.numel()))
+
+
+def _joined(part: Tensor, parameter: Any) -> Tensor:
+    """The parts of all processes, in the parameter's shape (DeepSpeed keeps it beside the empty weight)."""
+    mine = part.to(parameter.device)
+    joined = torch.empty(dist.get_world_size() * mine.numel(), dtype=mine.dtype, device=mine.device)
+    dist.all_gather_into_tensor(joined, mine.contiguous())
+    return joined[: parameter.ds_numel].view(parameter.ds_shape)

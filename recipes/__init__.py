@@ -10,7 +10,6 @@ from .engine import (
     EngineConfig,
     Fsdp2Config,
     NativeEngineConfig,
-    ZenFlowConfig,
 )
 from .errors import BudgetError, DivergedError, ShoestringError, UserError
 from .load import load_recipe
@@ -149,7 +148,6 @@ __all__ = [
     "UserError",
     "WsdSSchedule",
     "WsdSchedule",
-    "ZenFlowConfig",
     "copy_preset",
     "json_schema",
     "list_presets",

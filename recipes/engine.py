@@ -17,31 +17,6 @@ class NativeEngineConfig(Section):
     )
 
 
-class ZenFlowConfig(Section):
-    """ZenFlow (arXiv:2505.12242): the largest columns of a gradient now, the others later."""
-
-    topk_ratio: float = Field(
-        default=0.1, gt=0, le=1, description="Share of a gradient's columns that are applied in each step."
-    )
-    select_strategy: Literal["step"] = Field(
-        default="step",
-        description="What `select_interval` counts. DeepSpeed's `epoch` and `auto` count passes of a loader "
-        "of DeepSpeed's, which no recipe has.",
-    )
-    select_interval: int = Field(
-        default=4, ge=1, description="Steps after which the columns are chosen again."
-    )
-    update_interval: int = Field(
-        default=4, ge=1, description="Steps after which the other columns are applied, by their sum."
-    )
-    full_warm_up_rounds: int = Field(
-        default=0, ge=0, description="First steps in which all columns are applied."
-    )
-    overlap_step: bool = Field(
-        default=False, description="Let another process apply the others while the next steps are computed."
-    )
-
-
 class AioConfig(Section):
     """How DeepSpeed reads and writes the NVMe disk."""
 
@@ -105,9 +80,6 @@ class DeepSpeedConfig(Section):
     )
     zero_quantized_gradients: bool = Field(
         default=False, description="ZeRO++: reduce the gradients in int4. Not exact."
-    )
-    zenflow: ZenFlowConfig | None = Field(
-        default=None, description="Apply the largest columns now and the others later. Not exact."
     )
     aio: AioConfig = Field(
         default_factory=AioConfig,

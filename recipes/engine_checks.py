@@ -29,7 +29,7 @@ def engine_problems(recipe: "Recipe") -> list[Problem]:
         return []
     found = [*_optimizer(recipe), *_others(recipe)]
     if isinstance(engine, DeepSpeedConfig):
-        found += [*_tiers(engine), *_disk(engine), *_stage_3(engine), *_zenflow(engine)]
+        found += [*_tiers(engine), *_disk(engine), *_stage_3(engine)]
     return found
 
 
@@ -212,30 +212,3 @@ def _stage_3(engine: DeepSpeedConfig) -> list[Problem]:
         for key in keys
         if getattr(engine, key) != getattr(defaults, key)
     ]
-
-
-def _zenflow(engine: DeepSpeedConfig) -> list[Problem]:
-    zenflow = engine.zenflow
-    if zenflow is None:
-        return []
-    found = []
-    if engine.offload_optimizer != "cpu":
-        found.append(
-            Problem(
-                "engine.zenflow",
-                "engine.zenflow hides the step of an optimizer in host memory, and engine.offload_optimizer "
-                f"is {engine.offload_optimizer}.   Set engine.offload_optimizer=cpu, or engine.zenflow=null",
-                ("engine.offload_optimizer",),
-            )
-        )
-    if zenflow.select_interval < zenflow.update_interval:
-        found.append(
-            Problem(
-                "engine.zenflow.select_interval",
-                f"engine.zenflow.select_interval={zenflow.select_interval} is below "
-                f"engine.zenflow.update_interval={zenflow.update_interval}: columns would change before the "
-                f"others are applied.   Set engine.zenflow.select_interval={zenflow.update_interval}",
-                ("engine.zenflow.update_interval",),
-            )
-        )
-    return found

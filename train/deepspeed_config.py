@@ -80,14 +80,4 @@ def _zero(engine: DeepSpeedConfig, trained: int, scratch: str | None, *, pin: bo
         }
         if engine.offload_param != "none":
             zero["offload_param"] = {"device": engine.offload_param, "pin_memory": pin}
-    zenflow = engine.zenflow
-    if zenflow is not None:
-        zero["zenflow"] = {
-            "topk_ratio": zenflow.topk_ratio,
-            "select_strategy": zenflow.select_strategy,
-            "select_interval": zenflow.select_interval,
-            "update_interval": zenflow.update_interval,
-            "full_warm_up_rounds": zenflow.full_warm_up_rounds,
-            "overlap_step": zenflow.overlap_step,
-        }
     return zero

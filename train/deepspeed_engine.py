@@ -118,7 +118,10 @@ class DeepSpeedEngine(ShardedEngine):
         deepspeed.comm.init_distributed(
             deepspeed.get_accelerator().communication_backend_name(), auto_mpi_discovery=False
         )
-        self.start(deepspeed, config)
+        self.deepspeed, *_ = deepspeed.initialize(model=self.loss_module, optimizer=self.flat, config=config)
+        if self.config.zero_stage:
+            zero = self.deepspeed.optimizer
+            self._states = ZeroStates(zero, self.flat, self.parameters, stage=self.config.zero_stage)
         if self.autocast:  # inside, since DeepSpeed turns off an autocast that surrounds it
             forward = self.loss_module.forward
 
@@ -127,13 +130,6 @@ class DeepSpeedEngine(ShardedEngine):
                     return forward(batch)
 
             self.loss_module.forward = precise  # type: ignore[method-assign]
-
-    def start(self, deepspeed: Any, config: dict[str, Any]) -> None:
-        """Make DeepSpeed's engine, and what knows its optimizer's states."""
-        self.deepspeed, *_ = deepspeed.initialize(model=self.loss_module, optimizer=self.flat, config=config)
-        if self.config.zero_stage:
-            zero = self.deepspeed.optimizer
-            self._states = ZeroStates(zero, self.flat, self.parameters, stage=self.config.zero_stage)
 
     def unshard(self) -> None:
         """Whole weights in memory of their own, DeepSpeed's hooks and attributes removed."""

@@ -14,7 +14,6 @@ from .deepspeed_import import check_deepspeed
 from .engine import NativeEngine
 from .fsdp_engine import Fsdp2Engine
 from .objectives import LossModule
-from .zenflow_engine import ZenFlowEngine
 
 
 def check_engine(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -48,8 +47,9 @@ def build(
             return NativeEngine(accelerator, module, optimizer, autocast)
         case DeepSpeedConfig() as config:
             clip = recipe.optimizer.max_grad_norm
-            kind = DeepSpeedEngine if config.zenflow is None else ZenFlowEngine
-            return kind(accelerator, module, optimizer, autocast, config=config, max_grad_norm=clip)
+            return DeepSpeedEngine(
+                accelerator, module, optimizer, autocast, config=config, max_grad_norm=clip
+            )
         case Fsdp2Config() as config:
             return Fsdp2Engine(accelerator, module, optimizer, autocast, config=config)
         case _ as other:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -55,6 +56,9 @@ def train_recipe(
     keep_freed_memory()
     bound_kernel_cache()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        # Accelerate asks DeepSpeed where that is installed, which would say on stdout what it found.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_engine(resolved.recipe, accelerator)
     screen = Screen(active=accelerator.is_main_process)
     for note in resolved.notes:

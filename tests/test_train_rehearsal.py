@@ -68,11 +68,11 @@ def test_a_rehearsal_tries_the_worst_step_and_leaves_no_trace(
     [
         ({}, "train.activation_checkpointing=true"),
         (
-            {"activation_checkpointing": True, "micro_tokens": 4096, "longest_row": 100, "accumulation": 2},
+            {"recomputed_layers": 2, "micro_tokens": 4096, "longest_row": 100, "accumulation": 2},
             "train.gradient_accumulation_steps=4",
         ),
         (
-            {"activation_checkpointing": True, "micro_tokens": 64, "longest_row": 100, "max_length": 100},
+            {"recomputed_layers": 2, "micro_tokens": 64, "longest_row": 100, "max_length": 100},
             "data.max_length=50",
         ),
     ],

@@ -7,6 +7,7 @@ disk has been given everything (`step`, then waiting for what a next forward pas
 
     python benchmarks/offload.py                       # ours, in memory, and the ring without computation
     python benchmarks/offload.py --deepspeed           # DeepSpeed's NVMe offload too (pip install deepspeed)
+    python benchmarks/offload.py --sizes 3 6 12 24 --chart sizes.png    # memory and seconds against size
     python benchmarks/offload.py --folder /ssd/scratch --rounds 3 --steps 6
 """
 
@@ -32,6 +33,8 @@ VOCABULARY = 16_384
 TOKENS = 64
 RATE = 1e-4
 MIB = 1 << 20
+LIBRARIES = 0
+"""Peak bytes of this process before it has a model."""
 
 DEEPSPEED = {
     "deepspeed, pipelined": {"sub_group_size": int(5e7), "buffer_count": 12, "pipeline": True},
@@ -87,6 +90,7 @@ def measure(
         found["phase"].append(ended - backward)
         found["read"].append(now[0] - read)
         found["written"].append(now[1] - written)
+    found["libraries"] = LIBRARIES
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found["locked"] = locked_bytes()
     return found
@@ -187,6 +191,68 @@ def contenders(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, 
     return found
 
 
+def sizes(options: argparse.Namespace) -> None:
+    """A table, and a chart with `--chart`, of models of several depths, with what arithmetic says beside it.
+
+    Memory: libraries, 2 bytes of weight and 2 of gradient a parameter, and 12 of state or the ring. Seconds
+    of the optimizer phase: what is moved at the rate of the transfers alone in the same round.
+    """
+    rows = []
+    print("| M parameters | | peak memory, MiB | predicted | optimizer phase, s | predicted |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for layers in options.sizes:
+        arguments = [*sys.argv[1:], "--layers", str(layers)]
+        found = {name: run_child(name, arguments) for name in list(contenders(options))[:3]}
+        memory, disk, alone = found.values()
+        if memory is None or disk is None or alone is None:
+            continue
+        count = disk["parameters"]
+        ring = options.buffers * options.buffer_mib * MIB
+        rate = statistics.median(r + w for r, w in zip(alone["read"], alone["written"], strict=True))
+        rate /= statistics.median(alone["phase"])
+        moved = statistics.median(r + w for r, w in zip(disk["read"], disk["written"], strict=True))
+        for name, one, state in (("in memory", memory, 12 * count), ("on disk", disk, ring)):
+            row = {
+                "name": name,
+                "parameters": count / 1e6,
+                "peak": one["peak"] / MIB,
+                "predicted": (one["libraries"] + 4 * count + state) / MIB,
+                "phase": statistics.median(one["phase"]),
+                "predicted_phase": moved / rate if name == "on disk" else None,
+            }
+            rows.append(row)
+            predicted = row["predicted_phase"]
+            print(
+                f"| {row['parameters']:.0f} | {name} | {row['peak']:,.0f} | {row['predicted']:,.0f} | "
+                f"{row['phase']:.2f} | {'' if predicted is None else f'{predicted:.2f}'} |",
+                flush=True,
+            )
+    if options.chart:
+        draw(rows, options.chart)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Two panels: memory and seconds over the size, measured as dots, predicted as lines."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for panel, key, line, label in (
+        (panels[0], "peak", "predicted", "peak memory, GiB"),
+        (panels[1], "phase", "predicted_phase", "optimizer phase, s"),
+    ):
+        scale = 1024 if key == "peak" else 1
+        for name, color in (("in memory", "tab:gray"), ("on disk", "tab:blue")):
+            own = [row for row in rows if row["name"] == name]
+            xs = [row["parameters"] for row in own]
+            panel.plot(xs, [row[key] / scale for row in own], "o", color=color, label=f"{name}, measured")
+            if all(row[line] is not None for row in own):
+                panel.plot(xs, [row[line] / scale for row in own], "-", color=color, label="predicted")
+        panel.set(xlabel="million parameters", ylabel=label, xlim=0, ylim=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def run_child(name: str, arguments: list[str]) -> dict[str, Any] | None:
     """One contender in a new process; None where it fails, and why on the screen."""
     command = [sys.executable, __file__, *arguments, "--child", name]
@@ -251,10 +317,19 @@ def main() -> None:
     parser.add_argument("--io", choices=["threads", "io_uring"], default=None)
     parser.add_argument("--deepspeed", action="store_true")
     parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--sizes", type=int, nargs="+", default=None, help="layers of the models to compare")
+    parser.add_argument("--chart", type=Path, default=None, help="with --sizes: a picture")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.sizes and not options.child:
+        sizes(options)
+        return
     if options.child:
+        import transformers.models.llama.modeling_llama  # noqa: F401 (so that it counts as a library)
+
+        global LIBRARIES
+        LIBRARIES = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(contenders(options)[options.child]()))
         return
     names = options.only or list(contenders(options))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..offload.optimizer import OffloadedOptimizer
-from ..offload.stored import Stored, whole
+from ..offload.stored import Stored, in_memory
 from ..recipes.errors import UserError
 from .random_state import random_state as random_state
 from .random_state import set_random_state as set_random_state
@@ -145,8 +145,7 @@ def _placer(
         tensor = tensors[leaf["tensor"]]
         if isinstance(optimizer, OffloadedOptimizer):
             return tensor
-        if isinstance(tensor, Stored):
-            tensor = whole(tensor)
+        tensor = in_memory(tensor)
         if allocate is not None and key in ("state1", "state2") and tensor.shape == parameter.shape:
             buffer: Tensor = allocate(parameter, dtype=tensor.dtype)
             return buffer.copy_(tensor)
@@ -164,7 +163,7 @@ def _option_placer(
     def place(leaf: Mapping[str, Any], key: str) -> Tensor:
         here = group.get(key)
         saved = tensors[leaf["tensor"]]
-        tensor = whole(saved) if isinstance(saved, Stored) else saved
+        tensor = in_memory(saved)
         return tensor.to(here.device) if isinstance(here, Tensor) else tensor
 
     return place

@@ -2,6 +2,6 @@
 
 from .optimizer import OffloadedOptimizer
 from .place import offload_optimizer
-from .stored import Stored
+from .stored import Stored, in_memory
 
-__all__ = ["OffloadedOptimizer", "Stored", "offload_optimizer"]
+__all__ = ["OffloadedOptimizer", "Stored", "in_memory", "offload_optimizer"]

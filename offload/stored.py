@@ -36,6 +36,11 @@ def chunks(stored: Stored) -> Iterator[Tensor]:
         yield stored.read(first, min(size, numel - first))
 
 
+def in_memory(value: Tensor | Stored) -> Tensor:
+    """The tensor itself, or the stored one read whole."""
+    return value if isinstance(value, Tensor) else whole(value)
+
+
 def whole(stored: Stored) -> Tensor:
     """The tensor in memory."""
     tensor = torch.empty(stored.shape, dtype=stored.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_optimizer_state, optimizer_state
 from ..data import Batch
-from ..offload import Stored
+from ..offload import Stored, in_memory
 from ..offload.streamed_model import StreamedModel
 from ..ops import FreedMemory, Int8Weight, dense_weights, make_dense
 from ..ops.int8_weight import from_plain, to_plain
@@ -193,6 +193,8 @@ class NativeEngine:
     def load_state_dict(self, tensors: dict[str, Any], settings: dict[str, Any]) -> None:
         """Restore what state_dict gave, bit for bit."""
         weights = dict(tensors["trained"])
+        if self.streamed is None:
+            weights = {name: in_memory(value) for name, value in weights.items()}
         for name, p in self.parameters.items():
             if isinstance(p, Int8Weight) and f"{name}.codes" in weights:
                 weights[name] = from_plain(name, weights)
@@ -205,7 +207,7 @@ class NativeEngine:
             self.streamed.load({p: weights[name] for name, p in self.parameters.items()})
         for name, parameter in self.parameters.items():
             if self.streamed is None or self.streamed.stored(parameter) is None:
-                parameter.copy_(weights[name])
+                parameter.copy_(in_memory(weights[name]))
         load_optimizer_state(self.optimizer, self.parameters, tensors["optimizer"], settings["optimizer"])
         if isinstance(self.optimizer, BAdam):
             self.optimizer.activate()

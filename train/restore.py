@@ -57,10 +57,7 @@ def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> str |
 
 def load_weights(run: Run, checkpoint: Checkpoint) -> None:
     """Trained weights, the optimizer's state, and the reference model of a stage that has one."""
-    tensors: dict[str, Any] = {
-        "trained": checkpoint.tensors("trained"),
-        "optimizer": checkpoint.open_tensors("optimizer"),
-    }
+    tensors = {name: checkpoint.open_tensors(name) for name in ("trained", "optimizer")}
     run.engine.load_state_dict(tensors, {"optimizer": checkpoint.json("optimizer")})
     reference = run.stage.objective.reference
     if reference is not None:

@@ -54,9 +54,9 @@ class ActivationChoice:
         return f"activations of {len(self.layers)} layers: {text}"
 
 
-def recompute_first(count: int, layers: int) -> ActivationChoice:
-    """The first `count` of `layers` computed again, the others kept."""
-    return ActivationChoice(tuple("recompute" if layer < count else "keep" for layer in range(layers)))
+def recompute_first(count: int, layers: int, *, others: Fate = "keep") -> ActivationChoice:
+    """The first `count` of `layers` computed again, the others kept or swapped."""
+    return ActivationChoice(tuple("recompute" if layer < count else others for layer in range(layers)))
 
 
 @dataclass(frozen=True)

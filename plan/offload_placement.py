@@ -76,4 +76,6 @@ def _unmoved(recipe: Recipe, grounds: Grounds, part: str, usual: str) -> str:
     given = {"weights": recipe.offload.weights, "activations": recipe.offload.activations}[part]
     if given == "host" and grounds.device.type == "cpu":
         return f"host memory is the device of this machine: offload.{part}=host changes nothing"
+    if part == "activations" and given == "host":
+        return "swapped to host memory until the backward pass, and counted here as if they stayed"
     return usual

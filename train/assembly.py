@@ -15,8 +15,6 @@ from ..adapters import attach
 from ..checkpoint import Checkpoint
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
-from ..offload.activation_model import recompute_first
-from ..offload.activations import apply_activations
 from ..ops import use_fused, use_int8_weights, use_wta_crs
 from ..optimizers import build_optimizer, share_line, slots, takes_matrices
 from ..optimizers.in_backward import BackwardStepper
@@ -27,7 +25,7 @@ from ..schedules import Clock, Limits
 from . import engines
 from .engine import NativeEngine
 from .objectives import LossModule, build_objective
-from .offloading import place_state
+from .offloading import place_activations, place_state
 from .rundir import RunDir
 from .screen import Screen
 from .sharded import optimizer_of
@@ -183,8 +181,7 @@ def build_engine(
     if recipe.train.wta_crs_ratio is not None:
         fused += use_wta_crs(trained, recipe.train.wta_crs_ratio)
     trained.to(device)
-    if plan.recomputed_layers and streamed is None:  # streamed ones are recomputed anyway
-        apply_activations(trained, recompute_first(plan.recomputed_layers, facts.layers))
+    fused += place_activations(trained, recipe, plan, facts.layers, device)
     objective = build_objective(recipe.objective, trained, adapter=adapter, teacher=teacher)
     if isinstance(recipe.optimizer, QApollo):
         fused += use_int8_weights(trained, recipe.optimizer.group_size)

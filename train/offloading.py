@@ -1,10 +1,16 @@
-"""The optimizer with its state where the plan wants it."""
+"""Optimizer state and activations where the plan wants them."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..offload import OffloadedOptimizer, offload_optimizer
+from ..offload.activation_model import recompute_first
+from ..offload.activations import apply_activations
+from ..offload.arena import Arena
+from ..offload.pool import HostPool
+from ..offload.segments import PAGE
 from ..plan import Plan, scratch_folder
 from ..recipes import Recipe
 
@@ -28,6 +34,28 @@ def place_state(
         numa_policy=keys.numa_policy,
         update=keys.update,
     )
+
+
+def place_activations(
+    model: nn.Module, recipe: Recipe, plan: Plan, layers: int, device: torch.device
+) -> list[str]:
+    """Recompute the layers that the plan says, and swap the others where the recipe asks for it.
+
+    Streamed layers are computed again as it is. Swapping is for accelerators: the plan counts activations as
+    if they were kept, and the pool of host memory is as large as they are.
+    """
+    if recipe.offload.weights != "device":
+        return []
+    again = plan.recomputed_layers
+    if recipe.offload.activations == "host" and device.type != "cpu":
+        size = next(placed.bytes for placed in plan.placement.parts if placed.part == "activations")
+        pinned = Arena(size + PAGE, pin=True, numa_policy=recipe.offload.numa_policy)
+        choice = recompute_first(again, layers, others="swap")
+        handle = apply_activations(model, choice, pool=HostPool(size, arena=pinned))
+        return [handle.line, *pinned.lines]
+    if again:
+        apply_activations(model, recompute_first(again, layers))
+    return []
 
 
 def release_state(optimizer: torch.optim.Optimizer) -> None:

@@ -37,6 +37,8 @@ def tiers_to_try(recipe: Recipe, device: str, on_disk: Callable[[], Sizes]) -> t
     device: "cpu", where host memory is the device, or "cuda". on_disk: sizes with the state there.
     UserError: the tier given is none to which this optimizer's state can go.
     """
+    if recipe.engine.name != "native":  # which has its own ways to move state
+        return ("device",)
     given = recipe.offload.optimizer
     if given == "host" and device == "cpu":
         given = "device"

@@ -48,6 +48,8 @@ def properties_at(path: tuple[str | int, ...], name: str | None = None) -> dict[
         return dict(schema["$defs"]["Columns"]["properties"])
     if len(path) > 1 and path[0] == "data" and path[1] in ("train", "eval", "preferences"):
         return dict(schema["$defs"]["Source"]["properties"])
+    if path == ("engine", "aio"):
+        return dict(schema["$defs"]["AioConfig"]["properties"])
     if path[:2] == ("schedule", "pieces") and len(path) == 3:
         return dict(schema["$defs"]["Piece"]["properties"])
     if len(path) == 1 and isinstance(path[0], str) and path[0] in sections():

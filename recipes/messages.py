@@ -13,7 +13,7 @@ from .keys import dotted_keys, properties_at, sections, variants
 from .problem import Problem
 from .quantities import Joules, Money
 from .schema import plain_schema
-from .short_forms import SHORT_FORMS
+from .short_forms import DEFAULT_NAMES, SHORT_FORMS
 from .yaml_text import KeyPath, flow
 
 MAX_PROBLEMS = 20
@@ -192,7 +192,7 @@ def _owners(section: str, leaf: str) -> list[str]:
 
 def _name(section: KeyPath, values: dict[str, Any]) -> str | None:
     """The chosen `name` of a section that is a choice by name."""
-    if len(section) != 1 or section[0] not in ("objective", "adapter", "optimizer", "schedule"):
+    if len(section) != 1 or section[0] not in DEFAULT_NAMES:
         return None
     chosen = values.get(str(section[0]))
     name = chosen.get("name") if isinstance(chosen, dict) else None

@@ -27,9 +27,9 @@ budget: 2h
 - **Closed.** A key that is not in this page is an error, with its line and the nearest key.
 - **`auto`** (or `null` where `auto` is allowed) leaves the value to the plan.
 - **Short forms.** A section given as one word stands for one of its keys; the sections below say which.
-- **Choices by name.** `objective`, `adapter`, `optimizer` and `schedule` are chosen by `name`. A mapping
-  without a `name` keeps the default one. A section that is left out has its defaults: no `adapter` section
-  means **LoRA of rank 16**, and `adapter: null` trains every weight.
+- **Choices by name.** `objective`, `adapter`, `optimizer`, `schedule` and `engine` are chosen by `name`. A
+  mapping without a `name` keeps the default one. A section that is left out has its defaults: no `adapter`
+  section means **LoRA of rank 16**, and `adapter: null` trains every weight.
 - **Command line.** `shoestring train recipe.yaml optimizer.learning_rate=1e-3 data.train.0.weight=0.5`
   changes single keys; `optimizer=lion_8bit` or `budget=30min` replaces a whole section. Values are YAML:
   `null`, `true`, `[a.jsonl, b.jsonl]`. The command line beats the recipe, the recipe beats the environment
@@ -77,6 +77,8 @@ def _section(section: str) -> str:
     if section == "data":
         lines += _nested("Source", "One source, in `data.train` or `data.eval`: a path, or a mapping.")
         lines += _nested("Columns", "The mapping `data.columns`.")
+    if section == "engine":
+        lines += _nested("AioConfig", "The mapping `engine.aio`.")
     if section == "schedule":
         lines += _nested("Piece", "One piece, in `schedule.pieces`: a mapping.")
     return "\n".join([*lines, ""])

@@ -29,6 +29,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 if importlib.util.find_spec("deepspeed") is None:
     ENGINES = {"fsdp2": ENGINES["fsdp2"]}
+PAUSED = [name for name in ENGINES if name != "zero-2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: Any) -> Path:
-    """FOLDER/NAME/native, of one process; and /whole and /paused, all of them in the same two processes."""
+    """FOLDER/NAME/native, of one process; and /whole and some /paused, of the same two processes."""
     folder: Path = tmp_path_factory.mktemp("runs")
     for name, sections in ENGINES.items():
         place = folder / name
@@ -50,7 +51,7 @@ def runs(tmp_path_factory: Any) -> Path:
             "budget": {"steps": 8},
             "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
             "optimizer": {"learning_rate": 3e-3},
-            "eval": {"samples": 1, "max_new_tokens": 2},
+            "eval": {"samples": 1, "max_new_tokens": 2, "every": "50%"},
             **sections,
         }
         # Two processes make twice the micro-batches: as many for one process alone, for comparison.
@@ -71,7 +72,7 @@ def runs(tmp_path_factory: Any) -> Path:
     script = Path(__file__).with_name("engine_processes.py")
     children = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
+            [sys.executable, str(script), str(folder), *PAUSED],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=(folder / f"stderr-{rank}").open("w"),
@@ -113,7 +114,7 @@ def test_the_files_do_not_know_how_many_wrote_them(runs: Path, engine: str) -> N
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", PAUSED)
 def test_two_processes_go_on_to_the_bit(runs: Path, engine: str) -> None:
     whole, paused = runs / engine / "whole", runs / engine / "paused"
     assert [line["loss"] for line in metrics(paused)] == [line["loss"] for line in metrics(whole)]

@@ -50,7 +50,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "model.dtype": "bfloat16",
         "optimizer": {"name": "adamw", "learning_rate": 1e-2, "weights": "master"},
     },
-    "adamw 8 bits": {"optimizer": {"name": "adamw", "learning_rate": 1e-2, "state_bits": 8}},
     "apollo": {"optimizer": {"name": "apollo", "learning_rate": 1e-2, "rank": 8}},
     "q_apollo": {"optimizer": {"name": "q_apollo", "learning_rate": 1e-2, "rank": 8}},
     "in backward": {"optimizer": {"name": "adamw", "learning_rate": 1e-2, "step_in_backward": True}},

@@ -1,7 +1,7 @@
 """In how little memory can all weights of SmolLM2-135M be trained, and at what speed?
 
 The same recipe step by step with less in memory; each run is `shoestring train`, its figures are those of its
-summary.json, beside what the plan had predicted. The first three give the same losses to the bit.
+summary.json, beside what the plan had predicted. With the state in memory or on disk the losses are the same.
 
     python benchmarks/offload_least_memory.py            # about 8 minutes on 2 quiet cores
 """

@@ -25,9 +25,15 @@ class Ahead:
     landed: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, reserve_guess: Mapping[str, float] | None, seconds_per_token: float | None) -> Ahead:
+    def of(
+        cls,
+        reserve_guess: Mapping[str, float] | None,
+        least_sizes: Mapping[str, float] | None,
+        seconds_per_token: float | None,
+    ) -> Ahead:
         """With the plan's guesses alone."""
-        return cls(Durations(dict(reserve_guess or {})), StepTime(guess=seconds_per_token))
+        durations = Durations(dict(reserve_guess or {}), least=dict(least_sizes or {}))
+        return cls(durations, StepTime(guess=seconds_per_token))
 
     @property
     def reserve(self) -> float:

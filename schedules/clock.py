@@ -42,7 +42,8 @@ class Clock(Spending):
     the axis of `now`; everything since then counts. now: seconds, see `deadline_now`. joules: energy since
     the process started, or None where it cannot be measured; energy_source names its counters.
     reserve_guess: kinds of work after the last step ("eval", "save", "export", ...) with guessed seconds;
-    measured ones replace the guesses. seconds_per_token_guess: speed before the second step. warmup: of the
+    measured ones replace the guesses. least_sizes: of those that the landing can make smaller, the size
+    (rows) that is done in any case. seconds_per_token_guess: speed before the second step. warmup: of the
     schedule.
 
     With several processes one Clock decides: send its permits, and give them to the others' `apply`.
@@ -58,6 +59,7 @@ class Clock(Spending):
         joules: Callable[[], float | None] = lambda: None,
         energy_source: str | None = None,
         reserve_guess: Mapping[str, float] | None = None,
+        least_sizes: Mapping[str, float] | None = None,
         seconds_per_token_guess: float | None = None,
         warmup: Warmup = NO_WARMUP,
     ) -> None:
@@ -69,7 +71,7 @@ class Clock(Spending):
             price_per_hour=limits.price_per_hour,
             source=energy_source,
         )
-        super().__init__(limits, account, Ahead.of(reserve_guess, seconds_per_token_guess))
+        super().__init__(limits, account, Ahead.of(reserve_guess, least_sizes, seconds_per_token_guess))
         self.leg = 0
         self.progress = 0.0
         self._given = limits

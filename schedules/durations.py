@@ -32,6 +32,8 @@ MOST_SCALING = 4.0
 """The steps' pace stretches or shrinks what was measured by at most this factor."""
 MOST_CORRECTION = 3.0
 """Evaluations shrink what was measured before the first step by at most this factor."""
+MOST_KEPT = 2.0
+"""For what can be made smaller no more than this many times the plan's guess is kept."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Durations:
     """Measured seconds by kind ("load", "eval", "save", ...), and the guesses for what was not measured yet.
 
     pace: the steps' seconds per token now, None until it is known; early: when it was first known.
+    least: for kinds whose landing can be made smaller, the size (rows) that it has at least.
     """
 
     guess: Mapping[str, float] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Durations:
     totals: dict[str, float] = field(default_factory=dict)
     pace: float | None = None
     early: float | None = None
+    least: dict[str, float] = field(default_factory=dict)
 
     def add(
         self,
@@ -81,7 +85,20 @@ class Durations:
             self.early = pace
 
     def expected(self, kind: str) -> float:
-        """Seconds of the one that belongs to the landing, which is as large as the largest so far."""
+        """Seconds kept for the one that belongs to the landing, which is as large as the largest so far.
+
+        One that can be made smaller, and now takes much longer than the plan guessed, gets no more than
+        MOST_KEPT times the guess, or what its least size takes: a machine that became slow must not give all
+        that is left of a short budget to an evaluation.
+        """
+        whole = self.unhurried(kind)
+        if kind not in self.least:
+            return whole
+        least = self._expected(kind, lambda _: self.least[kind])
+        return min(whole, max(MOST_KEPT * self.guess.get(kind, 0.0), least))
+
+    def unhurried(self, kind: str) -> float:
+        """Seconds of the one that belongs to the landing, however long that is."""
         return self._expected(kind, max)
 
     def next(self, kind: str) -> float:
@@ -91,7 +108,8 @@ class Durations:
     def _expected(self, kind: str, choose: Callable[[list[float]], float]) -> float:
         known = self.measured.get(kind)
         if not known:
-            return self.guess.get(kind, 0.0) * (1 + UNKNOWN_MARGIN)
+            slower = max(1.0, self._now(Measured(1.0)))
+            return self.guess.get(kind, 0.0) * slower * (1 + UNKNOWN_MARGIN)
         size = choose([one.size for one in known])
         start = self._start_correction() if known[-1].pace is None else 1.0
         return _next_of([self._now(one) for one in known]) * start * size * (1 + KNOWN_MARGIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from .account import Account
 from .ahead import Ahead
@@ -12,6 +13,17 @@ from .limits import Limits
 
 SAFETY = 0.002
 """Share of the budget kept free for noise in the last step, the last save and the export."""
+TOLERANCE = 0.005
+"""Share of the budget, or half a second, by which a landing may run over before work is left out for it."""
+ANSWERS = "samples"
+"""What can be cut to half where the rest of the landing takes too long."""
+
+
+@dataclass
+class Piece:
+    """Work that is being measured. size: what later ones are predicted by; whoever does less corrects it."""
+
+    size: float
 
 
 class Spending:
@@ -84,7 +96,7 @@ class Spending:
         return {name: {"given": given[name], "used": used} for name, used in self._amounts().items()}
 
     @contextmanager
-    def spent(self, kind: str, size: float = 1.0, *, at_most: float | None = None) -> Iterator[None]:
+    def spent(self, kind: str, size: float = 1.0, *, at_most: float | None = None) -> Iterator[Piece]:
         """Measure what is not a step: "load", "data", "eval", "samples", "save", "export", "report".
 
         Later ones of the same kind, and the reserve, are predicted from it, in proportion to `size` (rows of
@@ -92,10 +104,10 @@ class Spending:
         one at most, where it can be cut short. An inner `spent` is not counted in the outer
         one. What ends in an exception is counted but not learned from.
         """
-        began, whole = self.seconds, False
+        began, whole, piece = self.seconds, False, Piece(size)
         self._open.append(0.0)
         try:
-            yield
+            yield piece
             whole = True
         finally:
             total = self.seconds - began
@@ -104,7 +116,7 @@ class Spending:
                 self._open[-1] += total
             else:
                 self._spent += total
-            self.durations.add(kind, own, size=size, whole=whole, at_most=at_most)
+            self.durations.add(kind, own, size=piece.size, whole=whole, at_most=at_most)
             if self.stop_reason is not None:
                 self._ahead.landed.add(kind)
 
@@ -119,6 +131,22 @@ class Spending:
         """Until the first of time, cost and energy runs out at the present power; None when none is given."""
         deadline = self._deadline()
         return None if deadline is None else max(0.0, deadline[0] - self.seconds)
+
+    def rest_fits(self, kind: str, taken: float, rest: float) -> bool:
+        """Whether the landing has `rest` seconds for the second part of a piece whose first took `taken`.
+
+        Always before the landing, and without a limit that time counts for. How much slower than expected the
+        first part was, all that follows is taken to be.
+        """
+        deadline = self._deadline()
+        if self.stop_reason is None or deadline is None:
+            return True
+        others = self.reserve - self.durations.expected(kind)
+        if ANSWERS in self.durations.guess and ANSWERS not in self._ahead.landed:
+            others -= self.durations.expected(ANSWERS) / 2
+        others *= max(1.0, (taken + rest) / max(self.durations.unhurried(kind), 1e-9))
+        tolerance = max(0.5, self._safety(deadline[0]) * TOLERANCE / SAFETY)
+        return self.seconds + rest + others <= deadline[0] + tolerance
 
     def finish_in(self) -> float | None:
         """Seconds until the last file is written, counted limits at the measured speed; None when unknown."""

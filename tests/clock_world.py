@@ -12,6 +12,7 @@ from shoestring.recipes.errors import BudgetError
 from shoestring.schedules import Clock, Limits, Schedule, Warmup
 from shoestring.schedules.profiles import linear
 
+ROWS = 60
 WORK = {"eval": 6.0, "samples": 3.0, "save": 1.5, "export": 3.0, "report": 0.5}
 
 
@@ -28,8 +29,8 @@ class World:
     cost_of(kind, n): factor on the n-th piece of work of a kind. first_step: seconds more in the first step
     of a process. stall: seconds more in step 8. stops: (from, seconds), when the process is suspended.
     changes: (from, limits), a new budget. resume: (from, factor): killed there, the next process is so many
-    times slower. stages: ends of all stages but the last. speed_guess: seconds per token before there is a
-    second step.
+    times slower. least: share of the last evaluation that is done in any case; those between are no larger.
+    stages: ends of all stages but the last. speed_guess: seconds per token before there is a second step.
     """
 
     budget: float
@@ -52,6 +53,7 @@ class World:
     limits: Limits | None = None
     work: dict = field(default_factory=lambda: dict(WORK))
     guessed: dict = field(default_factory=dict)
+    least: float | None = None
     events: tuple = ((Every(share=0.25), "eval"), (Every(seconds=60.0), "save"))
 
 
@@ -85,6 +87,7 @@ class Machine:
             kind: self.varied(world.guessed.get(kind, seconds), world.guess_noise)
             for kind, seconds in world.work.items()
         }
+        self.cut = False
         self.stops = list(world.stops)
         self.changes = list(world.changes)
 
@@ -98,9 +101,25 @@ class Machine:
             self.at += self.stops.pop(0)[1]
 
     def work(self, clock, kind):
+        """One piece of work. The last evaluation is as large as there is time for, the others are small."""
         count = self.counts[kind] = self.counts.get(kind, 0) + 1
-        with clock.spent(kind):
-            self.pass_time(self.varied(self.world.work[kind], 0.05) * self.world.cost_of(kind, count))
+        seconds = self.varied(self.world.work[kind], 0.05) * self.world.cost_of(kind, count)
+        least = self.world.least if kind == "eval" else None
+        with clock.spent(kind, ROWS) as piece:
+            if least is None:
+                return self.pass_time(seconds)
+            piece.size = ROWS * least
+            began = self.at
+            self.pass_time(seconds * least)
+            rest = (self.at - began) * (1.0 - least) / least
+            whole = count == 1 or (
+                clock.stop_reason is not None and clock.rest_fits(kind, self.at - began, rest)
+            )
+            if whole:
+                piece.size = ROWS
+                self.pass_time(seconds * (1.0 - least))
+            elif clock.stop_reason is not None:
+                self.cut = True
 
     def step(self, clock, tokens):
         world = self.world
@@ -120,6 +139,7 @@ class Machine:
             started=self.at,
             now=lambda: self.at,
             reserve_guess=self.guess,
+            least_sizes=None if self.world.least is None else {"eval": ROWS * self.world.least},
             seconds_per_token_guess=self.world.speed_guess,
             warmup=self.schedule.warmup,
         )

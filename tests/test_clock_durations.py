@@ -2,7 +2,9 @@
 
 import json
 
+import clock_hand
 import pytest
+from shoestring.schedules import Limits
 from shoestring.schedules.durations import Durations
 
 MARGIN = 1.03
@@ -107,3 +109,42 @@ def test_the_state_keeps_what_was_measured_and_at_which_pace():
     assert second.totals == {"eval": 22.0}
     second.set_pace(0.04)  # a machine half as fast
     assert second.expected("eval") == pytest.approx(12.0 * 2.0 / 1.05 * MARGIN)
+
+
+def test_a_slow_machine_keeps_at_most_twice_the_guess_for_what_can_be_made_smaller():
+    durations = measured(6.0, 30.0, 30.0)
+    assert durations.expected("eval") == pytest.approx(30.0 * MARGIN)
+    durations.least["eval"] = 0.1  # of the size 1 that was measured
+    assert durations.expected("eval") == pytest.approx(2.0 * 4.0)
+    durations.least["eval"] = 0.5  # never less than what is done in any case
+    assert durations.expected("eval") == pytest.approx(15.0 * MARGIN)
+    assert durations.unhurried("eval") == pytest.approx(30.0 * MARGIN)
+
+
+def test_what_was_never_measured_grows_with_the_steps_and_does_not_shrink():
+    durations = Durations({"export": 2.0})
+    durations.set_pace(0.02)
+    assert durations.expected("export") == pytest.approx(2.0 * 1.05)
+    durations.set_pace(0.06)
+    assert durations.expected("export") == pytest.approx(2.0 * 3.0 / 1.05 * 1.05)
+    durations.set_pace(0.01)
+    assert durations.expected("export") == pytest.approx(2.0 * 1.05)
+
+
+@pytest.mark.parametrize(
+    ("taken", "rest", "fits"),
+    [
+        (1.0, 3.0, True),  # as expected: 4 s for it, 2 for half of the answers and the export
+        (1.0, 3.3, True),  # 0.45 s over, since what follows is slower alike
+        (1.0, 3.4, False),  # 0.6 s over
+        (2.0, 2.0, True),
+        (2.0, 2.5, False),
+    ],
+)
+def test_the_landing_measures_the_rest_where_it_fits(taken, rest, fits):
+    guess = {kind: seconds / 1.05 for kind, seconds in (("eval", 4.0), ("samples", 2.0), ("export", 1.0))}
+    clock, hand = clock_hand.make(Limits(seconds=100.0), reserve_guess=guess)
+    assert clock.rest_fits("eval", 50.0, 500.0)  # before the landing there is no hurry
+    clock.stop("time")
+    hand.at = 94.0 + taken
+    assert clock.rest_fits("eval", taken, rest) is fits

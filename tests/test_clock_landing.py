@@ -80,6 +80,9 @@ WORLDS = {
     "1 hour, as in the reference": World(
         3600, 2, 30, 90, 1.3, work=LONG_WORK, events=((Every(share=0.1), "eval"),), speed_guess=0.002
     ),
+    "an evaluation that can be made smaller": FIVE(least=0.3),
+    "the same, twice as slow from half way": FIVE(least=0.3, pace=slow_between(150, 999, 2.0)),
+    "the same, three times as slow half way": FIVE(least=0.3, pace=slow_between(150, 200, 3.0)),
     "thousands of small steps": World(60, 0.02, startup=8, step_noise=0.3, work=SHORT_WORK),
 }
 

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from shoestring.recipes.errors import DivergedError, UserError
+from shoestring.schedules import Clock
 from shoestring.train.run import train_recipe
 from shoestring.train.tracking import METRIC_FIELDS, Summary
 
@@ -54,6 +55,30 @@ def weights(run: Path) -> bytes:
 
 def command(recipe: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "shoestring.train", str(recipe), *arguments]
+
+
+def test_a_landing_without_time_for_all_held_out_rows_compares_equal_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(name: str, eval_rows: int) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        held_out = tiny.chats(folder / "held-out.jsonl", rows=eval_rows, seed=9)
+        data = {"train": str(tiny.chats(folder / "chats.jsonl")), "eval": str(held_out)}
+        return tiny.recipe(folder, data=data, eval={"rows": 3, "samples": 0})
+
+    assert train(recipe("a", 12)) == 0
+    monkeypatch.setattr(Clock, "rest_fits", lambda self, kind, taken, rest: self.stop_reason is None)
+    assert train(recipe("b", 12)) == 0
+    monkeypatch.undo()
+    assert train(recipe("c", 3)) == 0
+    whole, cut, few = (summary(tmp_path / name / "run") for name in "abc")
+    both = ("eval_loss_before", "eval_loss")
+    assert whole["eval_loss_before"] != cut["eval_loss_before"]
+    events = [json.loads(line) for line in (tmp_path / "b" / "run" / "events.jsonl").read_text().splitlines()]
+    rows = [event["rows"] for event in events if event["event"] == "eval"]
+    assert (rows[0], rows[-1]) == (12, 3)
+    assert [cut[key] for key in both] == pytest.approx([few[key] for key in both], rel=1e-5)
 
 
 def test_a_run_lands_and_leaves_what_the_design_says(tmp_path: Path) -> None:

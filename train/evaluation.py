@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from .engine import NativeEngine, loss_and_sums
 class EvalResult:
     """One evaluation: metrics over `trained_tokens` held-out tokens, in `seconds`.
 
-    comparable_loss: over the rows that every evaluation of the run measures.
+    comparable_loss: over the rows that every evaluation of the run measures. whole: whether all rows that
+    were asked for were measured, not those alone.
     """
 
     metrics: dict[str, float]
@@ -26,6 +28,7 @@ class EvalResult:
     trained_tokens: int
     rows: int
     seconds: float
+    whole: bool = True
 
     @property
     def loss(self) -> float:
@@ -42,19 +45,27 @@ def evaluate(
     micro_tokens: int,
     micro_rows: int | None,
     packed: bool,
+    rest_fits: Callable[[float, float], bool] = lambda taken, rest: True,
 ) -> EvalResult:
     """The objective's metrics on `rows`, shared among the processes.
 
     The first `compared` rows are also scored alone, so that a measurement of few rows between the ends and
-    one of all rows at the end can be compared. Forward only, in micro-batches no larger than training's:
-    evaluating never needs more memory than training did.
+    one of all rows at the end can be compared. The others are left out where `rest_fits` says so of the
+    seconds that the first ones took and of those that they would take by that; the main process decides.
+    Forward only, in micro-batches no larger than training's: evaluating never needs more memory than training
+    did.
     """
     began = time.monotonic()
     objective = engine.loss_module.objective
     limits = {"micro_tokens": micro_tokens, "micro_rows": micro_rows, "packed": packed}
+    head = rows.part(0, min(compared, len(rows)))
+    tail = rows.part(len(head), len(rows))
     with engine.averaged():
-        first = _sums(engine, accelerator, rows.part(0, min(compared, len(rows))), limits)
-        rest = _sums(engine, accelerator, rows.part(min(compared, len(rows)), len(rows)), limits)
+        first = _sums(engine, accelerator, head, limits)
+        taken = time.monotonic() - began
+        whole = not len(tail) or not len(head) or rest_fits(taken, taken * _tokens(tail) / _tokens(head))
+        whole = bool(gather_object([whole])[0])
+        rest = _sums(engine, accelerator, tail, limits) if whole else {}
     both = {name: first.get(name, 0.0) + rest.get(name, 0.0) for name in {**first, **rest}}
 
     def metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -66,9 +77,14 @@ def evaluate(
         metrics=metrics(both),
         comparable_loss=metrics(first)["loss"],
         trained_tokens=int(both["tokens"]),
-        rows=len(rows),
+        rows=len(rows) if whole else len(head),
         seconds=time.monotonic() - began,
+        whole=whole,
     )
+
+
+def _tokens(rows: TokenRows) -> float:
+    return float(rows.lengths.sum())
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..offload import Stored
 from ..ops import give_back_freed_memory
 from ..plan import largest
 from .export import Exported, export_final
-from .measuring import evaluate_and_record, measure, record
+from .measuring import eval_kind, evaluate_and_record, keep_loss, measure, record
 from .parts import PAUSED, Run
 from .report import write_report
 from .rundir import write_json
@@ -36,7 +36,6 @@ def first_measurements(run: Run) -> None:
     if state.step == 0 and run.plan.eval_rows:
         run.screen.status("measuring the untrained model")
         evaluate_and_record(run, rows=run.plan.eval_rows)
-        state.eval_loss_before = state.eval_loss
         state.evals_without_gain = 0
     if run.is_main and state.step == 0:
         state.samples_before = _samples(run, run.engine.loss_module.model)
@@ -54,6 +53,7 @@ def begin_stage(run: Run, number: int) -> None:
     stage = run.stage
     run.clock.begin_stage(stage.end)
     run.engine.loss_module.objective = stage.objective
+    run.eval_due.kinds = (eval_kind(run.stages, stage),)
     if stage.objective.reference is not None:
         stage.objective.reference.set(run.engine.loss_module.model)
     if number == 0:
@@ -138,8 +138,8 @@ def _last_measurements(run: Run) -> None:
     first = run.stages[0]
     if run.state.stage > 0 and first.plan.eval_rows:
         result = measure(run, first, rows=first.plan.eval_rows)
+        keep_loss(run, result)
         record(run, first, result)
-        run.state.eval_loss = result.loss
 
 
 def summarise(run: Run, reason: str, exported: Exported | None) -> Summary:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..recipes.errors import DivergedError, UserError
@@ -16,13 +18,15 @@ RISING = frozenset({"accuracy", "margin", "chosen_reward"})
 def measure(run: Run, stage: Stage, *, rows: int) -> EvalResult:
     """The metrics of a stage's objective on its first `rows` held-out rows.
 
-    Raises DivergedError where the loss is not finite.
+    After the last step those rows that no evaluation between the steps measures are left out where the time
+    does not last for them. Raises DivergedError where the loss is not finite.
     """
     plan, module = stage.plan, run.engine.loss_module
     before, module.objective = module.objective, stage.objective
+    kind = eval_kind(run.stages, stage)
     try:
         # A landing measures more rows than the evaluations between, and is predicted from them.
-        with run.clock.spent("eval" if stage is run.stages[0] else f"eval {stage.name}", rows):
+        with run.clock.spent(kind, rows) as piece:
             result = evaluate(
                 run.engine,
                 run.accelerator,
@@ -31,7 +35,9 @@ def measure(run: Run, stage: Stage, *, rows: int) -> EvalResult:
                 micro_tokens=plan.micro_tokens,
                 micro_rows=plan.micro_rows,
                 packed=plan.packed,
+                rest_fits=partial(run.clock.rest_fits, kind),
             )
+            piece.size = result.rows
     finally:
         module.objective = before
     if not math.isfinite(result.loss):
@@ -45,6 +51,11 @@ def measure(run: Run, stage: Stage, *, rows: int) -> EvalResult:
         )
         raise DivergedError(f"step {step}: the held-out loss is {result.loss}\n  {advice}")
     return result
+
+
+def eval_kind(stages: Sequence[Stage], stage: Stage) -> str:
+    """What the clock calls an evaluation of this stage."""
+    return "eval" if stage is stages[0] else f"eval {stage.name}"
 
 
 def evaluate_and_record(run: Run, *, rows: int) -> bool:
@@ -65,16 +76,32 @@ def evaluate_and_record(run: Run, *, rows: int) -> bool:
         state.best_score, state.best_eval_loss, state.best_step = score, result.loss, state.step
     state.evals_without_gain = 0 if improved else state.evals_without_gain + 1
     if state.stage == 0:
-        state.eval_loss = result.loss
+        keep_loss(run, result)
     record(run, run.stage, result, "best" if improved else "")
     return improved
+
+
+def keep_loss(run: Run, result: EvalResult) -> None:
+    """The run's loss, on the first stage's rows; beside it the untrained one on the same rows."""
+    state = run.state
+    state.eval_loss = result.loss
+    if state.step == 0:
+        state.eval_loss_before, state.eval_loss_before_compared = result.loss, result.comparable_loss
+    elif not result.whole:
+        state.eval_loss_before = state.eval_loss_before_compared
 
 
 def record(run: Run, stage: Stage, result: EvalResult, remark: str = "") -> None:
     """One event, and a line on the screen; of a run with several stages it names the stage."""
     about: dict[str, Any] = {"stage": stage.name} if len(run.stages) > 1 else {}
     run.tracking.event(
-        "eval", step=run.state.step, kind="eval", duration=result.seconds, **about, **result.metrics
+        "eval",
+        step=run.state.step,
+        kind="eval",
+        duration=result.seconds,
+        rows=result.rows,
+        **about,
+        **result.metrics,
     )
     others = "".join(
         f", {name} {value:.3g}"
@@ -83,4 +110,6 @@ def record(run: Run, stage: Stage, result: EvalResult, remark: str = "") -> None
     )
     kind = f"{stage.name} loss" if about else "loss"
     note = f" ({remark})" if remark else ""
+    if not result.whole:
+        note += f", on {result.rows} rows: no time was left for the others"
     run.screen.note(f"step {run.state.step}: held-out {kind} {result.loss:.4f}{others}{note}")

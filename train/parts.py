@@ -41,6 +41,9 @@ class State:
     learning_rate: float | None = None
     step_seconds: float = 0.0
     eval_loss_before: float | None = None
+    eval_loss_before_compared: float | None = None
+    """On the rows that every evaluation measures: what the last loss is set beside where it had no time for
+    more."""
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_score: float | None = None
@@ -53,8 +56,6 @@ class State:
     """Step at which the stage began: the order of its rows counts from there."""
     before_decay: int | None = None
     """Step whose checkpoint is kept for `shoestring extend`."""
-    stage_results: list[dict[str, Any]] = field(default_factory=list)
-    """For each stage begun: its name and its metrics on held-out rows before and, once over, after."""
 
 
 @dataclass

@@ -29,14 +29,17 @@ def build_clock(
         return sum(counter.joules() for counter in counters) if counters else None
 
     first = stages[0].plan
-    # At the end every stage is measured.
-    others = {f"eval {stage.name}": stage.plan.reserve_guess["eval"] for stage in stages[1:]}
+    # At the end every stage is measured; where time is short, on the rows of the evaluations between alone.
+    kinds = ["eval", *(f"eval {stage.name}" for stage in stages[1:])]
+    evals = {kind: stage.plan for kind, stage in zip(kinds, stages, strict=True)}
     return Clock(
         Limits(seconds=float("inf"), price_per_hour=limits.price_per_hour) if new_leg else limits,
         started=started,
         joules=joules,
         energy_source=energy_source(counters),
-        reserve_guess={**first.reserve_guess, **others},
+        reserve_guess=first.reserve_guess
+        | {kind: plan.reserve_guess["eval"] for kind, plan in evals.items()},
+        least_sizes={kind: plan.eval_rows_between for kind, plan in evals.items() if plan.eval_rows_between},
         seconds_per_token_guess=first.seconds_per_token,
         warmup=schedule.warmup,
     )

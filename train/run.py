@@ -26,6 +26,7 @@ from .headline import headline
 from .landing import begin_stage, finish, first_measurements, live_report, pause
 from .legs import leg_schedule, read_legs
 from .loop import train_loop
+from .measuring import eval_kind
 from .meters import Memory, gpu_uuids
 from .objectives import LossModule, build_objective
 from .offloading import release_state
@@ -227,7 +228,7 @@ def build(
         memory=Memory(accelerator.device, (lambda: clock.joules) if counters else None),
         stop=stop,
         identity=identity,
-        eval_due=clock.cadence(recipe.eval.every, "eval"),
+        eval_due=clock.cadence(recipe.eval.every, eval_kind(stages, stages[state.stage])),
         save_due=clock.cadence(recipe.checkpoint.every, "save"),
         budget_file=budget_file,
         legs=legs,

@@ -16,6 +16,7 @@ from bad_input_files import (
     rows,
 )
 from bad_input_runs import BUDGETS, MODELS, RUNS
+from bad_input_verbs import SPENDING, STATE
 
 TRAIN, CHECK = (("train", "recipe.yaml"), ("check", "recipe.yaml"))
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -248,5 +249,7 @@ GROUPS: dict[str, list[Case]] = {
     "Models": MODELS,
     "Run directories": RUNS,
     "Budgets": BUDGETS,
+    "Spending a budget in other ways": SPENDING,
+    "Offload and engines": STATE,
 }
 CASES = [case for group in GROUPS.values() for case in group]

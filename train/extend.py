@@ -69,7 +69,10 @@ def _next_leg(folder: Path, budget: BudgetConfig, rewarm: float | None) -> Leg:
     recipe = load_recipe(folder / "resolved.yaml").recipe
     last = newest(folder, print)
     if last is None:
-        raise UserError(f"{folder} has no whole checkpoint to go on from.")
+        raise UserError(
+            f"{folder} has no whole checkpoint to go on from.\n"
+            f"  Train it again: shoestring train {folder}/recipe.yaml --fresh, with the larger budget"
+        )
     state = last.json("trainer")["state"]
     before_decay = state.get("before_decay")
     rule, why = choose_rule(recipe.schedule, before_decay)

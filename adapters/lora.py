@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -104,7 +103,7 @@ def attach(
     seed: int,
     eva_batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
     original_weight: Callable[[str], torch.Tensor] | None = None,
-    saved: Path | None = None,
+    saved: Mapping[str, Any] | None = None,
     checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none",
 ) -> nn.Module:
     """Make `model` trainable: with an adapter in float32 on the frozen base (a PeftModel), or whole.
@@ -112,9 +111,9 @@ def attach(
     The same seed gives the same adapter, whatever was drawn before; the global generators are left as they
     were. eva_batches: for `init_lora_weights: eva`, dictionaries of input_ids [B, L] with attention_mask and
     labels. original_weight: for `loftq` on a 4-bit base, unquantised weights by parameter name
-    (`models.weight_reader`). saved: folder of an adapter that will be loaded into this one; EVA then takes
-    its ranks in place of batches. checkpointing: "reentrant" needs inputs that ask for a gradient; others do
-    not and are cheaper without.
+    (`models.weight_reader`). saved: adapter_config.json of an adapter that will be loaded into this one; EVA
+    then takes its ranks in place of batches. checkpointing: "reentrant" needs inputs that ask for a gradient;
+    others do not and are cheaper without.
 
     Raises:
         UserError: options that do not go together, or with a 4-bit base.
@@ -136,7 +135,7 @@ def attach(
     config = lora_config(adapter, facts)
     start = adapter.init_lora_weights
     if start == "eva" and saved is not None:
-        config = PeftLoraConfig.from_pretrained(str(saved))
+        config = PeftLoraConfig.from_peft_type(**saved)  # type: ignore[no-untyped-call]
         config.inference_mode = False
         config.init_lora_weights = True
     elif start == "eva":

@@ -18,6 +18,17 @@ _WEIGHTS = "adapter_model.safetensors"
 _OWN_LAYERS: dict[str, Any] = {"save_embedding_layers": False}
 
 
+def adapter_config(model: Any) -> dict[str, Any] | None:
+    """What PEFT writes as adapter_config.json, from which `attach` builds the same again, or None."""
+    found = getattr(model, "peft_config", None)
+    if found is None:
+        return None
+    values = found["default"].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    read: dict[str, Any] = json.loads(json.dumps(plain))
+    return read
+
+
 def save_adapter(model: Any, folder: Path, *, portable: bool = False) -> None:
     """Write the adapter of a PeftModel to `folder`.
 

@@ -1,18 +1,32 @@
-"""Checkpoints that survive a crash at any moment, and what a run needs to go on as if it never stopped."""
+"""Checkpoints that survive a crash at any moment, and what a run needs to go on as if it never stopped.
 
-from .describe import CheckpointFacts, describe_checkpoints
-from .errors import BrokenCheckpoint
-from .identity import check_identity, differences, run_identity
-from .random_state import random_state, set_random_state
-from .reading import Checkpoint, name_of, newest, open_checkpoint
-from .retention import best, prune, set_best
-from .state import load_optimizer_state, optimizer_state
-from .store import save
+What is named here is imported when it is first asked for: the keeper of snapshots, a process of this room,
+starts without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .describe import CheckpointFacts, describe_checkpoints
+    from .errors import BrokenCheckpoint
+    from .generators import random_state, set_random_state
+    from .identity import check_identity, differences, run_identity
+    from .interval import snapshot_interval
+    from .keeper_settings import KeeperSettings
+    from .reading import Checkpoint, name_of, newest, open_checkpoint
+    from .retention import best, prune, set_best
+    from .snapshot import Snapshotter
+    from .snapshot_reading import Snapshot
+    from .state import load_optimizer_state, optimizer_state
+    from .store import save
 
 __all__ = [
     "BrokenCheckpoint",
     "Checkpoint",
     "CheckpointFacts",
+    "KeeperSettings",
+    "Snapshot",
+    "Snapshotter",
     "best",
     "check_identity",
     "describe_checkpoints",
@@ -28,4 +42,39 @@ __all__ = [
     "save",
     "set_best",
     "set_random_state",
+    "snapshot_interval",
 ]
+
+_HOMES = {
+    "BrokenCheckpoint": "errors",
+    "Checkpoint": "reading",
+    "CheckpointFacts": "describe",
+    "KeeperSettings": "keeper_settings",
+    "Snapshot": "snapshot_reading",
+    "Snapshotter": "snapshot",
+    "best": "retention",
+    "check_identity": "identity",
+    "describe_checkpoints": "describe",
+    "differences": "identity",
+    "load_optimizer_state": "state",
+    "name_of": "reading",
+    "newest": "reading",
+    "open_checkpoint": "reading",
+    "optimizer_state": "state",
+    "prune": "retention",
+    "random_state": "generators",
+    "run_identity": "identity",
+    "save": "store",
+    "set_best": "retention",
+    "set_random_state": "generators",
+    "snapshot_interval": "interval",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name's home only when it is asked for."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

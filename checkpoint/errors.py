@@ -1,4 +1,8 @@
-"""What can be wrong with a checkpoint, and how a disk's refusal is told to a person."""
+"""What can be wrong with a checkpoint, and how a disk's refusal is told to a person.
+
+The errors for people are imported where they are made: the keeper (keeper.py) needs the rest of this file,
+and the room that they come from brings pydantic.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..recipes.errors import ShoestringError, UserError
+if TYPE_CHECKING:
+    from ..recipes.errors import ShoestringError, UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -33,6 +39,8 @@ def format_bytes(count: int) -> str:
 
 def no_room(folder: Path, step: int, *, needed: int) -> UserError:
     """The error for a checkpoint of at least `needed` bytes that does not fit on the disk of `folder`."""
+    from ..recipes.errors import UserError
+
     free = shutil.disk_usage(folder).free
     room = f"{format_bytes(free)} is free on this disk"
     if needed <= free:
@@ -47,6 +55,8 @@ def no_room(folder: Path, step: int, *, needed: int) -> UserError:
 
 def explain(error: Exception, folder: Path, step: int, *, needed: int) -> ShoestringError | None:
     """`error`, met while saving, as a message for a person; None when it is no affair of the disk."""
+    from ..recipes.errors import ShoestringError, UserError
+
     # safetensors, which PEFT and transformers write with, reports the system's error as text, not as an
     # OSError.
     if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
@@ -74,6 +84,8 @@ def explain(error: Exception, folder: Path, step: int, *, needed: int) -> Shoest
 @contextmanager
 def housekeeping(folder: Path, failure: str) -> Iterator[None]:
     """Tell an OSError of the work around the checkpoints: no data are at stake, only names and space."""
+    from ..recipes.errors import ShoestringError, UserError
+
     try:
         yield
     except OSError as error:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,13 @@ from ..recipes.errors import UserError
 from . import strict_json
 from .aside import sweep
 from .errors import BrokenCheckpoint, NewerFormat
-from .files import hash_inside, read_inside
-from .manifest import Manifest, read_manifest
+from .files import read_inside
+from .manifest import Manifest
 from .tensors import FileTensor, check_header, open_tensors, read_tensors
+from .whole import candidates, name_of, step_of, verify_files
 
-_NAME = re.compile(r"checkpoint-(\d{6,18})")
+__all__ = ["Checkpoint", "candidates", "name_of", "newest", "open_checkpoint", "step_of", "verify"]
+
 _JSON_LIMIT = 100_000_000  # bytes
 
 
@@ -32,6 +32,11 @@ class Checkpoint:
     path: Path
     step: int
     manifest: Manifest = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What it is called to a person."""
+        return self.path.name
 
     @property
     def bytes(self) -> int:
@@ -57,42 +62,13 @@ class Checkpoint:
         return name
 
 
-def step_of(name: str) -> int | None:
-    """`checkpoint-001200` -> 1200; None for any other name."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match and name == name_of(int(match[1])) else None
-
-
-def name_of(step: int) -> str:
-    """1200 -> `checkpoint-001200`."""
-    return f"checkpoint-{step:06d}"
-
-
-def candidates(folder: Path) -> Iterator[tuple[int, Path]]:
-    """(step, path) of all in `folder` that is named like a checkpoint, highest step first. Not verified."""
-    found = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None]
-    yield from sorted(found, reverse=True)
-
-
 def verify(path: Path) -> Checkpoint:
     """Read every byte of the checkpoint at `path`. BrokenCheckpoint names the file and what is wrong."""
-    step = step_of(path.name)
-    if step is None:
-        raise BrokenCheckpoint("is not named like a checkpoint (checkpoint-001200)")
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
-        raise BrokenCheckpoint("is a link or a file, not a directory")
-    manifest = read_manifest(path)
-    if manifest.step != step:
-        raise BrokenCheckpoint(f"holds step {manifest.step}, not the step of its name")
-    for name, expected in manifest.files.items():
-        found = hash_inside(path, name)
-        if found.bytes != expected.bytes:
-            raise BrokenCheckpoint(f"{name} has {found.bytes:,} bytes, {expected.bytes:,} were written")
-        if found != expected:
-            raise BrokenCheckpoint(f"{name} is damaged: its checksum is not the one that was written")
+    manifest = verify_files(path)
+    for name in manifest.files:
         if name.endswith(".safetensors"):
             check_header(path, name)
-    return Checkpoint(path, step, manifest)
+    return Checkpoint(path, manifest.step, manifest)
 
 
 def newest(folder: Path, on_broken: Callable[[str], None]) -> Checkpoint | None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..offload.optimizer import OffloadedOptimizer
 from ..offload.stored import Stored, in_memory
 from ..recipes.errors import UserError
-from .random_state import random_state as random_state
-from .random_state import set_random_state as set_random_state
+from .generators import random_state as random_state
+from .generators import set_random_state as set_random_state
 
 Names = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

@@ -65,8 +65,8 @@ def save(
     folder = Path(folder)
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be a whole number, not {step!r}")
-    texts = {_part(name, ".json"): strict_json.dumps(json[name], name=name) for name in json}
-    groups = {_part(name, ".safetensors"): tensors[name] for name in tensors}
+    texts = {part_name(name, ".json"): strict_json.dumps(json[name], name=name) for name in json}
+    groups = {part_name(name, ".safetensors"): tensors[name] for name in tensors}
     headers = {name: encode_header(groups[name]) for name in groups}
     needed = (
         copy_bytes
@@ -100,7 +100,8 @@ def save(
     return final
 
 
-def _part(name: str, suffix: str) -> str:
+def part_name(name: str, suffix: str) -> str:
+    """The file of part `name`. ValueError for a name that cannot be one."""
     if not _PART.fullmatch(name):
         raise ValueError(f"{name!r} cannot name a part of a checkpoint: letters, digits, . _ - only")
     return name + suffix

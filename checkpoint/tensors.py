@@ -47,7 +47,7 @@ def encode_header(tensors: Mapping[str, Tensor | Stored]) -> bytes:
     """Length and header of the file that holds `tensors`. TypeError names a tensor that cannot be stored."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in _order(tensors):
+    for name in ordered_names(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
@@ -69,7 +69,7 @@ def tensor_chunks(tensors: Mapping[str, Tensor | Stored]) -> Iterator[memoryview
 
     What lies on another tier comes in small chunks and is never whole in memory.
     """
-    for name in _order(tensors):
+    for name in ordered_names(tensors):
         given = tensors[name]
         if isinstance(given, Stored):
             yield from (chunk.view(torch.uint8).numpy().data for chunk in chunks(given))
@@ -127,20 +127,23 @@ class FileTensor:
 
 def open_tensors(path: Path) -> dict[str, FileTensor]:
     """All tensors of a file whose header has been checked; nothing but the header is read."""
-    dtypes = {code: dtype for dtype, code in _CODES.items()}
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        places = decode_header(file.read(length), 8 + length)
+    return {name: FileTensor(path, *place) for name, place in places.items()}
+
+
+def decode_header(text: bytes, data_start: int) -> dict[str, tuple[torch.dtype, torch.Size, int]]:
+    """Dtype, shape and first byte in the file of each tensor. `text`: the JSON of a checked header."""
+    dtypes = {code: dtype for dtype, code in _CODES.items()}
     return {
-        name: FileTensor(
-            path, dtypes[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
-        for name, entry in header.items()
+        name: (dtypes[entry["dtype"]], torch.Size(entry["shape"]), data_start + entry["data_offsets"][0])
+        for name, entry in json.loads(text).items()
         if name != "__metadata__"
     }
 
 
-def _order(tensors: Mapping[str, Tensor | Stored]) -> list[str]:
+def ordered_names(tensors: Mapping[str, Tensor | Stored]) -> list[str]:
     """Widest elements first, so that each tensor is aligned to its own size; then by name."""
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, torch.nn.Parameter) and not isinstance(tensor, Stored):

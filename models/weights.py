@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..ops.memory import give_back_freed_memory
 from ..recipes.errors import UserError
 from .facts import ModelFacts, build_skeleton
 from .gguf_header import read_gguf_header
@@ -54,6 +55,8 @@ def load_model(
         "attn_implementation": model.attn_implementation or "sdpa",
         "device_map": None if device.type == "cpu" else {"": device},
     }
+    # holes that earlier work left in the heap seldom fit what comes, and would stay resident beside it
+    give_back_freed_memory()
     if model.load_in_4bit:
         options["quantization_config"] = _four_bit(model, dtype)
     with quiet_libraries():

@@ -176,13 +176,13 @@ def _moments(layer: LayerCost, fates: Sequence[Fate], head_bytes: int) -> list[t
 
 
 def _counts(layers: int, swap: bool) -> Iterator[tuple[Fate, ...]]:
-    """One order for each split into kept, swapped and recomputed layers: see `_placed`."""
+    """One order for each split into kept, swapped and recomputed layers: see `spread`."""
     for swapped in range(layers + 1 if swap else 1):
         for recomputed in range(layers - swapped + 1):
-            yield _placed(layers, swapped, recomputed)
+            yield spread(layers, swapped, recomputed)
 
 
-def _placed(layers: int, swapped: int, recomputed: int) -> tuple[Fate, ...]:
+def spread(layers: int, swapped: int, recomputed: int) -> tuple[Fate, ...]:
     """Swapped layers evenly spread, for copies to run beside the layers between; of the rest kept ones last.
 
     The last layer's activations are all there when backward begins with it: to keep them takes nothing more.

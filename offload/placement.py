@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..recipes.offload import Tier
 
-Part = Literal["weights", "gradients", "optimizer", "activations", "ring"]
+Part = Literal["weights", "gradients", "optimizer", "activations", "swapped", "ring"]
 
 
 @dataclass(frozen=True)

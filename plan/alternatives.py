@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..offload.support import supports
-from ..recipes import ApolloMini, DistillObjective, LoraAdapter, Recipe
+from ..recipes import ApolloMini, DeepSpeedConfig, DistillObjective, LoraAdapter, Recipe
+from ..recipes.engine_checks import engine_problems
 from ..recipes.errors import BudgetError
 from ..recipes.optimizers import AdamW8bit
 from . import defaults
@@ -17,6 +18,7 @@ from .fit import Candidate
 from .grounds import Grounds
 from .offload import saves_on_disk
 from .refusal import Change, does_not_fit, shortage_of
+from .search import pick, smallest
 
 Values = dict[str, Any]
 """By section: a new one, or some of its keys with their values."""
@@ -27,7 +29,7 @@ _SHORTEST = 256
 
 def refuse(grounds: Grounds) -> BudgetError:
     """The error for a recipe that fits in no way: its smallest form by part, and what to change."""
-    least = grounds.smallest()
+    least = smallest(grounds)
     limits = grounds.around.limits
     shortage = shortage_of(
         least.footprint,
@@ -41,6 +43,8 @@ def refuse(grounds: Grounds) -> BudgetError:
     together: Change | None = None
     everything = grounds.recipe
     for text, values in _proposals(grounds):
+        if engine_problems(_changed(grounds.recipe, values)):
+            continue
         changes.append(_planned(text, _changed(grounds.recipe, values), grounds, least))
         joined = _changed(everything, values)
         both = {**texts, text.partition("=")[0]: text}
@@ -53,8 +57,8 @@ def refuse(grounds: Grounds) -> BudgetError:
 
 def _planned(text: str, recipe: Recipe, grounds: Grounds, before: Candidate) -> Change:
     changed = Grounds(recipe, grounds.around)
-    chosen = changed.pick()
-    candidate = chosen or changed.smallest()
+    chosen = pick(changed)
+    candidate = chosen or smallest(changed)
     needed = candidate.footprint.device_total or candidate.footprint.host_total
     slower = _seconds(changed, candidate) / _seconds(grounds, before) - 1
     return Change(text, needed, slower, chosen is not None, same="offload.optimizer=disk" in text)
@@ -82,6 +86,7 @@ def _proposals(grounds: Grounds) -> Iterator[tuple[str, Values]]:
         yield "train.gradient_accumulation_steps=auto", {"train": {"gradient_accumulation_steps": None}}
     if train.activation_checkpointing is False and train.wta_crs_ratio is None:
         yield "train.activation_checkpointing=true", {"train": {"activation_checkpointing": True}}
+    yield from _shards(grounds)
     yield from _moves(grounds)
     quantised = importlib.util.find_spec("bitsandbytes") is not None
     if recipe.optimizer.name == "adamw" and quantised:
@@ -113,6 +118,17 @@ def _proposals(grounds: Grounds) -> Iterator[tuple[str, Values]]:
     half = grounds.layout.max_length // 2
     if half >= _SHORTEST:
         yield f"data.max_length={half}", {"data": {"max_length": half}}
+
+
+def _shards(grounds: Grounds) -> Iterator[tuple[str, Values]]:
+    """More of DeepSpeed's state in shards, and its optimizer in host memory where that is another one."""
+    engine = grounds.recipe.engine
+    if not isinstance(engine, DeepSpeedConfig):
+        return
+    if engine.zero_stage < 3 and grounds.around.world_size > 1:
+        yield "engine.zero_stage=3", {"engine": {"zero_stage": 3}}
+    if engine.offload_optimizer == "none" and engine.zero_stage > 0 and grounds.device.type != "cpu":
+        yield "engine.offload_optimizer=cpu", {"engine": {"offload_optimizer": "cpu"}}
 
 
 def _moves(grounds: Grounds) -> Iterator[tuple[str, Values]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..recipes.offload import Tier
 from . import defaults
 from .memory import Footprint, Sizes, footprint
 from .objectives import Work
+from .swapping import Swap
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Limits:
 class Candidate:
     """One way to run a micro-batch. worst_tokens: of the largest micro-batch that can come.
 
-    recomputed: layers, the first ones, whose activations are computed again. tier: of the optimizer's state.
+    recomputed: layers whose activations are computed again; swapped: those whose wait in host memory,
+    swapped_bytes of them. tier: of the optimizer's state.
     """
 
     micro_tokens: int
@@ -40,9 +42,13 @@ class Candidate:
     footprint: Footprint
     seconds_per_token: float
     tier: Tier = "device"
+    swapped: int = 0
+    swapped_bytes: int = 0
 
 
 WorkOf = Callable[[int], Work]
+SwapOf = Callable[[int, int, int, int], Swap]
+"""Of (recomputed, swapped) layers for a micro-batch of that many tokens, whose longest has so many."""
 
 
 def candidates(
@@ -56,21 +62,35 @@ def candidates(
     trained_share: float,
     dense_share: Callable[[int], float],
     always_whole: bool = False,
+    swapped: int = 0,
+    swap: SwapOf | None = None,
 ) -> list[Candidate]:
     """Footprint and speed of each micro-batch size.
 
     A row longer than the micro-batch is one of its own, so the worst micro-batch has at least `longest`
     tokens. `always_whole`: the micro-batch is given in rows, its worst is what `micro_tokens` says.
+    swapped: further layers whose activations go to host memory; `swap` says what that takes.
     """
-    work = work_of(recomputed)
+    work = work_of(recomputed + swapped)
     found = []
     for micro in micro_tokens:
         worst = micro if always_whole else max(micro, longest)
         targets = int(worst * dense_share(worst))
         activations, logits = work.memory(worst, targets)
         needed = footprint(device, sizes, activations, logits, work.teacher_memory(worst))
-        seconds = work.train_seconds(micro, micro * trained_share) / micro
-        found.append(Candidate(micro, worst, recomputed, needed, seconds, sizes.moved.tier))
+        seconds = work.train_seconds(micro, micro * trained_share)
+        there = 0
+        if swapped and swap is not None:
+            taken = swap(recomputed, swapped, micro, worst)
+            there = taken.host_bytes
+            needed = replace(
+                needed,
+                device={**needed.device, "activations": needed.device["activations"] + taken.leaving},
+                host={**needed.host, "activations": there},
+            )
+            seconds = work_of(0).train_seconds(micro, micro * trained_share) + taken.seconds
+        per_token = seconds / micro
+        found.append(Candidate(micro, worst, recomputed, needed, per_token, sizes.moved.tier, swapped, there))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..recipes import Recipe
 from ..recipes.offload import Tier
 from . import defaults
 from .facts import DataFacts
-from .fit import Candidate, candidates, choose
+from .fit import Candidate, candidates
 from .fit import Limits as MemoryLimits
 from .layout import Layout, choose_layout
 from .machine import Machine
@@ -26,7 +26,8 @@ from .objectives import Extra, Work, extra_of
 from .offload import move_state, scratch_folder, tier_of_weights, tiers_to_try
 from .precision import Precision, choose_precision
 from .seconds import optimizer_seconds, streaming_seconds
-from .sizes import count_sizes, state_dtype, steps_in_backward
+from .sizes import accumulates, count_sizes, state_dtype, steps_in_backward
+from .swapping import Swap, swap_cost, when_to_swap
 from .trained import Trained, find_trained
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Grounds:
             libraries=self.around.libraries,
             extra=self.extra,
             weights_tier=self.weights_tier,
+            world_size=self.around.world_size,
+            accelerated=self.device.type != "cpu",
         )
 
     @cached_property
@@ -146,6 +149,14 @@ class Grounds:
         else:
             measured = mixed(self.measured(False), self.measured(True), recomputed / layers)
         return Work(measured, layers, self.extra, self._streaming)
+
+    def work_of(self, chosen: Candidate) -> Work:
+        """The same of a way to run, with what swapping adds."""
+        if not chosen.swapped:
+            return self.work(chosen.recomputed)
+        plain, micro = self.work(0), chosen.micro_tokens
+        seconds = plain.train_seconds(micro, micro * self.data.trained_share)
+        return replace(plain, swapping=chosen.seconds_per_token - seconds / micro)
 
     @cached_property
     def _streaming(self) -> tuple[float, float]:
@@ -202,7 +213,7 @@ class Grounds:
         return self.recipe.train.per_device_train_batch_size
 
     def find(
-        self, recomputed: int, micro_tokens: int | None = None, tier: Tier = "device"
+        self, recomputed: int, micro_tokens: int | None = None, tier: Tier = "device", swapped: int = 0
     ) -> list[Candidate]:
         """All micro-batch sizes worth a thought, or the one given, with footprint and speed."""
         fixed = self.micro_rows is not None
@@ -217,37 +228,30 @@ class Grounds:
             trained_share=self.data.trained_share,
             dense_share=self.data.dense_share,
             always_whole=fixed,
+            swapped=swapped,
+            swap=self._swap,
         )
 
-    def pick(self) -> Candidate | None:
-        """The best micro-batch that fits; layers are computed again only if needed or asked for.
+    @property
+    def swaps(self) -> Literal["never", "auto", "always"]:
+        """Whether activations may go to host memory."""
+        link = self.around.machine.rates.host_link if self.device.type != "cpu" else 0.0
+        return when_to_swap(self.recipe, self.device.type, self.weights_tier, link)
 
-        The optimizer's state is moved only where that is not enough.
-        """
-        wanted, layers = self._wanted_checkpointing(), self.around.facts.layers
-        for tier in self.tiers:
-            for recomputed in (0, layers) if wanted is None else (layers * wanted,):
-                chosen = choose(self.find(recomputed, tier=tier), self.around.limits)
-                if chosen is not None:
-                    return self._fewest(chosen) if wanted is None else chosen
-        return None
+    def _swap(self, recomputed: int, swapped: int, micro: int, worst: int) -> Swap:
+        return swap_cost(
+            self.measured(False),
+            self.measured(True),
+            layers=self.around.facts.layers,
+            recomputed=recomputed,
+            swapped=swapped,
+            micro=micro,
+            worst=worst,
+            link=self.around.machine.rates.host_link,
+        )
 
-    def _fewest(self, chosen: Candidate) -> Candidate:
-        """The same micro-batch with as few layers computed again as leave the margin free."""
-        for recomputed in range(1, chosen.recomputed):
-            (fewer,) = self.find(recomputed, chosen.micro_tokens, chosen.tier)
-            if self.around.limits.fits(fewer.footprint, defaults.MEMORY_MARGIN):
-                return fewer
-        return chosen
-
-    def smallest(self) -> Candidate:
-        """The candidate that needs least, whether it fits or not."""
-        wanted = self._wanted_checkpointing()
-        recomputed = 0 if wanted is False else self.around.facts.layers
-        found = [candidate for tier in self.tiers for candidate in self.find(recomputed, tier=tier)]
-        return min(found, key=lambda c: (c.footprint.device_total, c.footprint.host_total))
-
-    def _wanted_checkpointing(self) -> bool | None:
+    @property
+    def wanted_checkpointing(self) -> bool | None:
         """The recipe's word, None where the plan may choose. Sampled rows leave nothing to compute again.
 
         A layer whose weights are streamed is always computed again, with them.
@@ -267,6 +271,9 @@ class Grounds:
         train = self.recipe.train
         if train.batch_tokens is not None and train.gradient_accumulation_steps is not None:
             return [ceil(train.batch_tokens / (train.gradient_accumulation_steps * self.around.world_size))]
+        if train.batch_tokens is not None and not accumulates(self.recipe):
+            # one micro-batch a step, which may be a row larger than asked for
+            return [train.batch_tokens + self.data.longest]
         sizes = defaults.MICRO_TOKENS_CPU if self.device.type == "cpu" else defaults.MICRO_TOKENS_CUDA
         most = train.batch_tokens or self.data.tokens
         return [size for size in sizes if size < most] or [max(most, 1)]

@@ -21,8 +21,10 @@ from .offload_writes import check_disk, check_writes, predict_writes, scratch_by
 from .plan import Plan
 from .reasons import Decisions, explain
 from .repetition import repeats_of, weight_decay_for
+from .search import pick
 from .seconds import Fixed, StepTime, fixed_seconds, step_time
 from .sizes import checkpoint_bytes, measures_first, resident_bytes
+from .snapshots import snapshot_bytes
 
 
 def make_plan(
@@ -91,14 +93,14 @@ def memory_limits(recipe: Recipe, machine: Machine, *, world_size: int, librarie
 def _fit_memory(recipe: Recipe, around: Surroundings) -> tuple[Grounds, Candidate]:
     """What fits, with rows cut as a last resort where data.max_length is automatic."""
     grounds = Grounds(recipe, around)
-    chosen = grounds.pick()
+    chosen = pick(grounds)
     if chosen is not None:
         return grounds, chosen
     if recipe.data.max_length is None:
         length = grounds.layout.max_length // 2
         while length >= defaults.DEFAULT_MAX_LENGTH:
             shorter = Grounds(recipe, around, max_length=length)
-            chosen = shorter.pick()
+            chosen = pick(shorter)
             if chosen is not None:
                 return shorter, chosen
             length //= 2
@@ -115,7 +117,7 @@ def _fill(
 ) -> Plan:
     around, data, sizes = grounds.around, grounds.data, grounds.sizes_on(chosen.tier)
     machine, facts, world_size = around.machine, around.facts, around.world_size
-    work = grounds.work(chosen.recomputed)
+    work = grounds.work_of(chosen)
     rates = machine.rates
     update = grounds.update_seconds(chosen.tier)
     passes = 2 if measures_first(recipe) else 1
@@ -195,7 +197,7 @@ def _write(
         # A step's tokens vary a little around the batch: room for that, so that no sliver of it is left over.
         most = -(-int(1.3 * step.tokens / around.world_size) // 64) * 64
         if most < chosen.micro_tokens:
-            (chosen,) = grounds.find(chosen.recomputed, most, chosen.tier)
+            (chosen,) = grounds.find(chosen.recomputed, most, chosen.tier, chosen.swapped)
     rate = recipe.optimizer.learning_rate
     if rate is None:
         rate = defaults.learning_rate_for(
@@ -238,6 +240,9 @@ def _write(
         "device": dict(chosen.footprint.device),
         "host": dict(chosen.footprint.host),
     }
+    snapshots = snapshot_bytes(recipe, sizes, chosen, around.limits, around.world_size)
+    if snapshots:
+        memory["host"]["snapshots"] = snapshots
     for parts in memory.values():
         if parts:
             parts["total"] = sum(parts.values())
@@ -260,6 +265,7 @@ def _write(
         batch_rows=_batch_rows(recipe, data, around.world_size),
         accumulation=step.accumulation,
         recomputed_layers=chosen.recomputed,
+        swapped_layers=chosen.swapped,
         learning_rate=rate,
         eval_rows=rows.ends,
         eval_rows_between=rows.between,
@@ -281,11 +287,17 @@ def _write(
         memory_limits={"host": around.limits.host, "device": around.limits.device},
         phases=chosen.footprint.phases,
         reasons=explain(
-            recipe, grounds, chosen, spending, rows, Decisions(limits, repeats, fixed, placement, writes)
+            recipe,
+            grounds,
+            chosen,
+            spending,
+            rows,
+            Decisions(limits, repeats, fixed, placement, writes, snapshots),
         ),
         weight_decay=decay,
         placement=placement,
         disk_writes=writes.total,
+        snapshot_bytes=snapshots,
     )
 
 

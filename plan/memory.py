@@ -18,6 +18,7 @@ from .defaults import (
     HOST_SLACK_SHARE_4BIT,
     LOAD_BUFFER_BYTES,
 )
+from .engines import Held
 
 Parts = dict[str, int]
 
@@ -52,7 +53,8 @@ class Sizes:
     teacher_first is there before training only. moved: what of the optimizer's state is not on the device.
     streamed: of the layers whose weights are on `weights_tier` and come when they are needed; weights and
     unquantised are then what is in memory of the base. exported: of the model that the export writes layer by
-    layer, and that is never in memory at once.
+    layer, and that is never in memory at once. held: what an engine that shards holds while it trains, in
+    place of weights, gradients and optimizer.
     """
 
     weights: int
@@ -72,10 +74,13 @@ class Sizes:
     weights_tier: Tier = "device"
     streamed: int = 0
     exported: int = 0
+    held: Held | None = None
 
     @property
     def state(self) -> int:
-        """Bytes of the optimizer's state on the device."""
+        """Bytes of the optimizer's state on the device; of one that is in shards what it is at the end."""
+        if self.held is not None:
+            return self.held.saved
         return self.optimizer if self.moved.tier == "device" else self.moved.resident
 
 
@@ -110,14 +115,17 @@ def footprint(
     if sizes.unquantised != sizes.weights:
         # The unquantised weights are read whole before bitsandbytes packs them.
         load["loading"] += sizes.unquantised
+    passes: Parts = {"activations": activations, "logits": logits, **beside}
     train: Parts = {
         "weights": sizes.weights + sizes.adapter,
         "gradients": sizes.gradients,
         "optimizer": sizes.state,
-        "activations": activations,
-        "logits": logits,
-        **beside,
+        **passes,
     }
+    gather: dict[str, Parts] = {}
+    if sizes.held is not None:
+        train = {**sizes.held.device, **passes}
+        gather["gather"] = {**_gathering(sizes.held), **beside}
     # The optimizer's state still lives; the merged model is held once and loaded once more to be compared.
     export: Parts = {
         "weights": max(sizes.weights, sizes.merged) + sizes.adapter,
@@ -133,13 +141,16 @@ def footprint(
             "activations": teacher_activations,
         }
     if device == "cpu":
-        phases = {"load": load, **first, "train": train, "export": export}
+        if sizes.held is not None:  # host memory is the device
+            train = _sum(train, sizes.held.host)
+            gather["gather"] = _sum(gather["gather"], sizes.held.host, {"state to save": sizes.held.saved})
+        phases = {"load": load, **first, "train": train, **gather, "export": export}
         for parts in phases.values():
             parts["libraries"] = sizes.libraries
+            parts["other"] = HOST_SLACK_BYTES
         quantised = sizes.unquantised != sizes.weights
         share = HOST_SLACK_SHARE_4BIT if quantised else HOST_SLACK_SHARE
         train["other"] = int(HOST_SLACK_BYTES + share * (activations + logits))
-        load["other"] = export["other"] = HOST_SLACK_BYTES
         if sizes.moved.ring:
             train["ring"] = export["ring"] = sizes.moved.ring
         for parts in first.values():
@@ -157,19 +168,25 @@ def footprint(
     for parts in first.values():
         parts["other"] = int(CUDA_CONTEXT_BYTES + 0.05 * teacher_activations)
     loading = {"weights": sizes.weights, "loading": sizes.largest}
-    phases = {"load": loading, **first, "train": train, "export": merging}
+    for parts in gather.values():
+        parts["other"] = CUDA_CONTEXT_BYTES
+    phases = {"load": loading, **first, "train": train, **gather, "export": merging}
     peak = max(phases.values(), key=lambda parts: sum(parts.values()))
+    host = {"libraries": sizes.libraries, **_on_host(sizes), "other": HOST_SLACK_BYTES}
+    return Footprint(peak, host, {name: sum(parts.values()) for name, parts in phases.items()})
+
+
+def _on_host(sizes: Sizes) -> Parts:
+    """What a run on an accelerator keeps in host memory."""
+    read_or_compared = max(2 * sizes.merged, sizes.unquantised, sizes.teacher)
+    if sizes.held is not None:
+        saved = {"state to save": sizes.held.saved}
+        training = {**sizes.held.host, **saved, "copies": sizes.adapter + sizes.reference}
+        return max(training, {**saved, "copies": read_or_compared}, key=lambda parts: sum(parts.values()))
     host = {
-        "libraries": sizes.libraries,
         # A checkpoint goes through host memory, but for state that is elsewhere, which is copied piece by
         # piece; the exported copy is compared there.
-        "copies": max(
-            sizes.adapter + sizes.state + sizes.reference,
-            2 * sizes.merged,
-            sizes.unquantised,
-            sizes.teacher,
-        ),
-        "other": HOST_SLACK_BYTES,
+        "copies": max(sizes.adapter + sizes.state + sizes.reference, read_or_compared),
     }
     if sizes.weights_tier == "host":
         host["weights"] = sizes.streamed
@@ -177,7 +194,22 @@ def footprint(
         host["optimizer"] = sizes.moved.elsewhere
     if sizes.moved.ring:
         host["ring"] = sizes.moved.ring
-    return Footprint(peak, host, {name: sum(parts.values()) for name, parts in phases.items()})
+    return host
+
+
+def _gathering(held: Held) -> Parts:
+    """On the device when weights are brought together: between two steps, so without gradients."""
+    return {
+        "weights": held.device["weights"],
+        "gathered": held.whole,
+        "optimizer": held.device["optimizer"],
+    }
+
+
+def _sum(*all_parts: Parts) -> Parts:
+    """Parts added up by name."""
+    names = dict.fromkeys(name for parts in all_parts for name in parts)
+    return {name: sum(parts.get(name, 0) for parts in all_parts) for name in names}
 
 
 def _beside(sizes: Sizes) -> Parts:

@@ -55,17 +55,20 @@ class Work:
     """Seconds and bytes of a micro-batch of a model of `layers` layers under the recipe's objective.
 
     streaming: seconds in which the layers' weights come from another tier and, trained, go back: of a forward
-    pass alone, and of both. They are hidden where computing takes longer.
+    pass alone, and of both. They are hidden where computing takes longer. swapping: seconds a token that
+    copies of activations to host memory and back add.
     """
 
     measured: Measurement
     layers: int
     extra: Extra
     streaming: tuple[float, float] = (0.0, 0.0)
+    swapping: float = 0.0
 
     def train_seconds(self, tokens: float, targets: float) -> float:
         """Forward and backward, and what the objective adds."""
         own = max(self.measured.micro_seconds(self.layers, tokens, targets), self.streaming[1])
+        own += self.swapping * tokens
         return own + self._added_seconds(tokens, targets) + self._head_seconds(targets)
 
     def eval_seconds(self, tokens: float, targets: float) -> float:

@@ -16,7 +16,7 @@ from ..offload.support import supports
 from ..optimizers import adamw, state_bytes
 from ..optimizers.build import asks_for_own_adamw
 from ..optimizers.roles import Slot
-from ..recipes import AdamW, OffloadConfig, OptimizerConfig, QApollo, Recipe
+from ..recipes import AdamW, DpoObjective, OffloadConfig, OptimizerConfig, QApollo, Recipe
 from ..recipes.errors import UserError, in_columns
 from ..recipes.offload import Tier
 from .memory import Moved, Sizes
@@ -24,6 +24,8 @@ from .sizes import steps_in_backward
 
 SCRATCH = ".offload"
 """Folder of the scratch files in output_dir, where the recipe names none."""
+
+_STARTS_FROM_WEIGHTS = ("pissa", "olora", "loftq")
 
 
 def scratch_folder(recipe: Recipe) -> Path:
@@ -78,22 +80,41 @@ def tier_of_weights(recipe: Recipe, device: str) -> Tier:
     given = recipe.offload.weights
     if given == "device" or (given == "host" and device == "cpu"):
         return "device"
-    reason = None
-    if recipe.model.load_in_4bit:
-        reason = "packed 4-bit weights are not streamed.\nLeave one out: model.load_in_4bit=false"
-    elif isinstance(recipe.optimizer, QApollo):
-        reason = "its int8 weights are not streamed.\nTake another optimizer: optimizer=apollo"
-    elif recipe.adapter is None and not steps_in_backward(recipe):
-        reason = (
-            "a weight that is trained must take its step while it is there, in the backward pass of one\n"
-            "micro-batch. Set optimizer.step_in_backward=true and leave train.gradient_accumulation_steps at "
-            "auto,\nor train an adapter: adapter=lora"
-        )
+    reason = _why_not_streamed(recipe)
     if reason is None:
         return given
     raise UserError(
         in_columns([("offload.weights", f"{given} was given, but {reason}, or offload.weights=device")])
     )
+
+
+def _why_not_streamed(recipe: Recipe) -> str | None:
+    """What of the recipe needs all weights at once, and what to set in its place."""
+    adapter = recipe.adapter
+    if recipe.model.load_in_4bit:
+        return "packed 4-bit weights are not streamed.\nLeave one out: model.load_in_4bit=false"
+    if isinstance(recipe.optimizer, QApollo):
+        return "its int8 weights are not streamed.\nTake another optimizer: optimizer=apollo"
+    if recipe.train.wta_crs_ratio is not None:
+        return "sampled weight gradients are not streamed.\nSet train.wta_crs_ratio=null"
+    if adapter is not None:
+        if adapter.use_dora:
+            return "DoRA starts from the norms of all weights.\nSet adapter.use_dora=false"
+        if str(adapter.init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
+            return (
+                f"adapter.init_lora_weights={adapter.init_lora_weights} starts from all weights.\n"
+                "Set adapter.init_lora_weights=true"
+            )
+        return None
+    if isinstance(recipe.objective, DpoObjective):
+        return "preferences need a copy of the trained weights.\nTrain an adapter: adapter=lora"
+    if not steps_in_backward(recipe):
+        return (
+            "a weight that is trained must take its step while it is there, in the backward pass of one\n"
+            "micro-batch. Set optimizer.step_in_backward=true and leave train.gradient_accumulation_steps at "
+            "auto,\nor train an adapter: adapter=lora"
+        )
+    return None
 
 
 def move_state(

@@ -16,10 +16,10 @@ def place(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> Placement:
     sizes = grounds.sizes_on(chosen.tier)
     moved, on_device = sizes.moved, chosen.tier == "device"
     targets = int(chosen.worst_tokens * grounds.data.dense_share(chosen.worst_tokens))
-    activations = sum(grounds.work(chosen.recomputed).memory(chosen.worst_tokens, targets))
+    activations = sum(grounds.work(chosen.recomputed + chosen.swapped).memory(chosen.worst_tokens, targets))
+    layers = grounds.around.facts.layers
     again = "kept for the backward pass"
     if chosen.recomputed:
-        layers = grounds.around.facts.layers
         again = f"{chosen.recomputed} of {layers} layers computed again in the backward pass"
     parts = [
         _weights(recipe, grounds, sizes),
@@ -32,6 +32,9 @@ def place(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> Placement:
         ),
         Placed("activations", "device", activations, _unmoved(recipe, grounds, "activations", again)),
     ]
+    if chosen.swapped:
+        line = f"activations of {chosen.swapped} of {layers} layers wait there for the backward pass"
+        parts.append(Placed("swapped", "host", chosen.swapped_bytes, line))
     if moved.ring:
         tier: Tier = "device" if grounds.device.type == "cpu" else "host"
         parts.append(Placed("ring", tier, moved.ring, _ring_line(recipe, moved)))
@@ -76,6 +79,4 @@ def _unmoved(recipe: Recipe, grounds: Grounds, part: str, usual: str) -> str:
     given = {"weights": recipe.offload.weights, "activations": recipe.offload.activations}[part]
     if given == "host" and grounds.device.type == "cpu":
         return f"host memory is the device of this machine: offload.{part}=host changes nothing"
-    if part == "activations" and given == "host":
-        return "swapped to host memory until the backward pass, and counted here as if they stayed"
     return usual

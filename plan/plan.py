@@ -63,10 +63,12 @@ class Plan:
     weight_decay: float = 0.0
     placement: Placement = field(default_factory=Placement)
     disk_writes: int = 0
+    swapped_layers: int = 0
+    snapshot_bytes: int = 0
 
     @property
     def activation_checkpointing(self) -> bool:
-        """Whether any layer's activations are computed again; `recomputed_layers` are the first of them."""
+        """Whether any layer's activations are computed again: `recomputed_layers` of them."""
         return self.recomputed_layers > 0
 
     @property

@@ -1,4 +1,4 @@
-"""Measured rates of the machine: matrix products, memory copies, durable writes. Below a second in all."""
+"""Measured rates of the machine: matrix products, copies, durable writes. Below a second in all."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ _SECONDS_EACH = 0.15
 
 @dataclass(frozen=True)
 class Rates:
-    """matmul in floating-point operations a second, copy and disk_write in bytes a second."""
+    """matmul in floating-point operations a second, the others in bytes a second.
+
+    host_link: between an accelerator and pinned host memory, each way while the other way is busy too; 0 on a
+    CPU, where both are one.
+    """
 
     matmul_bf16: float
     matmul_fp32: float
     copy: float
     disk_write: float
+    host_link: float = 0.0
 
 
 def measure_rates(device: str, output_dir: Path) -> Rates:
-    """Measure all four on `device`; the disk below `output_dir`. UserError: it cannot be written."""
+    """Measure all on `device`; the disk below `output_dir`. UserError: it cannot be written."""
     return Rates(
         matmul_bf16=_matmul(device, torch.bfloat16),
         matmul_fp32=_matmul(device, torch.float32),
         copy=_copy(device),
         disk_write=_disk(output_dir),
+        host_link=_host_link() if device.startswith("cuda") else 0.0,
     )
 
 
@@ -72,6 +78,24 @@ def _copy(device: str) -> float:
     source = torch.ones(16 << 20, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _host_link() -> float:
+    """Not run on a GPU yet."""
+    there = torch.ones(16 << 20, dtype=torch.float32, device="cuda")
+    other = torch.empty_like(there)
+    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    back = torch.empty_like(here, pin_memory=True)
+    out = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # has no annotations
+    into = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def both_ways() -> None:
+        with torch.cuda.stream(out):
+            here.copy_(there, non_blocking=True)
+        with torch.cuda.stream(into):
+            other.copy_(back, non_blocking=True)
+
+    return there.nbytes / _best_seconds(both_ways, "cuda")
 
 
 def _disk(output_dir: Path) -> float:

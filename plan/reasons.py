@@ -16,6 +16,7 @@ from .offload_writes import Writes
 from .refusal import gigabytes
 from .repetition import Repeats
 from .seconds import Fixed
+from .snapshots import snapshots_line
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Decisions:
     fixed: Fixed
     placement: Placement
     writes: Writes
+    snapshots: int
 
 
 def explain(
@@ -37,8 +39,8 @@ def explain(
     rows: EvalRows,
     decisions: Decisions,
 ) -> dict[str, str]:
-    """Key of the plan -> reason. filter, sources, objective, offload.* and disk_writes only where there is
-    something to say.
+    """Key of the plan -> reason. engine, filter, sources, objective, offload.* and disk_writes only where
+    there is something to say.
     """
     limits = grounds.around.limits
     on_device = bool(chosen.footprint.device)
@@ -65,11 +67,13 @@ def explain(
         reasons["activation_checkpointing"] = f"train.activation_checkpointing={str(wanted).lower()}"
     elif recipe.train.wta_crs_ratio is not None:
         reasons["activation_checkpointing"] = "train.wta_crs_ratio excludes it"
-    elif chosen.recomputed:
+    elif chosen.recomputed or chosen.swapped:
         micro, layers = chosen.micro_tokens, grounds.around.facts.layers
         plain = grounds.work(0).train_seconds(micro, micro * grounds.data.trained_share)
+        moved = chosen.recomputed + chosen.swapped
+        ways = f", {chosen.swapped} of them swapped to host memory" if chosen.swapped else ""
         reasons["activation_checkpointing"] = (
-            f"needed: the activations of {chosen.recomputed} of {layers} layers do not fit; "
+            f"needed: the activations of {moved} of {layers} layers do not fit{ways}; "
             f"{chosen.seconds_per_token * micro / plain - 1:.0%} slower"
         )
     else:
@@ -85,10 +89,13 @@ def explain(
         )
         if recipe.objective.name == "dpo":
             reasons["learning_rate"] += f"; on pairs {defaults.DPO_RATE:g} of that"
+    if grounds.sizes.held is not None:
+        reasons["engine"] = grounds.sizes.held.reason
     reasons |= _worth(recipe, grounds, chosen, spending, decisions)
     for placed in decisions.placement.parts:
         if placed.tier != "device" or getattr(recipe.offload, placed.part, None) not in (None, "device"):
             reasons[f"offload.{placed.part}"] = placed.why
+    reasons["snapshots"] = snapshots_line(recipe, decisions.snapshots, grounds.around.world_size)
     if decisions.writes.state:
         reasons["disk_writes"] = decisions.writes.line
     guess = f" ({grounds.watts:.0f} W is a guess)" if spending.bound_by == "budget.energy" else ""
@@ -107,7 +114,7 @@ def _worth(
         "filter": worth.filter_line(repeats),
         "sources": worth.sources_line(recipe, repeats),
         "objective": worth.objective_line(
-            grounds.work(chosen.recomputed),
+            grounds.work_of(chosen),
             reference=grounds.sizes.reference,
             tokens=micro,
             targets=micro * grounds.data.trained_share,

@@ -54,12 +54,17 @@ def _decisions(plan: Plan) -> Table:
         ("learning_rate", f"{plan.learning_rate:.1e}", plan.reasons.get("learning_rate", "")),
         ("weight_decay", f"{plan.weight_decay:g}", plan.reasons.get("weight_decay", "")),
         ("epochs", f"{plan.epochs:.2g}", plan.reasons.get("epochs", "")),
-        *((key, "", plan.reasons[key]) for key in ("filter", "sources", "objective") if key in plan.reasons),
+        *(
+            (key, "", plan.reasons[key])
+            for key in ("engine", "filter", "sources", "objective")
+            if key in plan.reasons
+        ),
         (
             "checkpointing",
-            f"{plan.recomputed_layers} layers" if plan.recomputed_layers else "off",
+            _checkpointing(plan),
             plan.reasons.get("activation_checkpointing", ""),
         ),
+        ("snapshots", "in memory" if plan.snapshot_bytes else "off", plan.reasons.get("snapshots", "")),
         ("held out", f"{plan.eval_rows:,} rows", plan.reasons.get("eval_rows", "")),
     ]
     if plan.placement.all_on_device:
@@ -127,3 +132,8 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def _checkpointing(plan: Plan) -> str:
+    counts = [(plan.recomputed_layers, "layers"), (plan.swapped_layers, "swapped")]
+    return ", ".join(f"{count} {what}" for count, what in counts if count) or "off"

@@ -13,6 +13,7 @@ from ..optimizers import gradient_elements, state_bytes, update_cost
 from ..optimizers.q_apollo import int8_bytes
 from ..recipes import QApollo, Recipe
 from ..recipes.offload import Tier
+from .engines import Counts, held_by
 from .memory import Sizes
 from .objectives import Extra
 from .precision import Precision
@@ -31,8 +32,13 @@ def count_sizes(
     libraries: int,
     extra: Extra | None = None,
     weights_tier: Tier = "device",
+    world_size: int = 1,
+    accelerated: bool = False,
 ) -> Sizes:
-    """Sizes in bytes. `libraries`: see `resident_bytes`; `extra`: what the objective adds."""
+    """Sizes in bytes. `libraries`: see `resident_bytes`; `extra`: what the objective adds.
+
+    world_size, accelerated: processes, and whether they compute on an accelerator, for engines that shard.
+    """
     extra = extra or Extra()
     itemsize = precision.dtype.itemsize
     whole = facts.parameters * itemsize
@@ -61,6 +67,30 @@ def count_sizes(
         weights_tier=weights_tier,
         streamed=0 if stream is None else stream.store,
         exported=0 if stream is None else merged,
+        held=held_by(
+            recipe,
+            _counts(recipe, facts, trained, precision, weights=held + added_bytes),
+            world_size=world_size,
+            accelerated=accelerated,
+        ),
+    )
+
+
+def _counts(
+    recipe: Recipe, facts: ModelFacts, trained: Trained, precision: Precision, *, weights: int
+) -> Counts:
+    """What an engine that shards is counted from."""
+    outside = [slot.elements for slot in trained.slots if slot.role in ("embedding", "head")]
+    return Counts(
+        weights=weights,
+        elements=facts.parameters + trained.added_parameters,
+        trained=trained.parameters,
+        itemsize=state_dtype(trained, precision).itemsize,
+        largest=max((slot.elements for slot in trained.slots), default=0),
+        layers=facts.layers,
+        root=precision.dtype.itemsize * facts.embedding_parameters,
+        root_trained=sum(outside),
+        accumulates=accumulates(recipe),
     )
 
 

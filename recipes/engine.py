@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import Section
+from .section import Auto, Section
 
 
 class NativeEngineConfig(Section):
@@ -25,6 +25,38 @@ class AioConfig(Section):
     intra_op_parallelism: int = Field(default=1, ge=1, description="Threads that share one tensor.")
     single_submit: bool = Field(default=False, description="Submit the blocks one by one.")
     overlap_events: bool = Field(default=True, description="Submit blocks while others complete.")
+
+
+class ZenFlowConfig(Section):
+    """DeepSpeed's ZenFlow: the columns with the largest gradients at once, the others some steps later."""
+
+    topk_ratio: float = Field(
+        default=0.1, gt=0, lt=1, description="Share of each matrix's columns that are stepped at once."
+    )
+    select_strategy: Literal["auto", "step", "epoch"] = Field(
+        default="step",
+        description="What select_interval counts. Only `step` is offered: DeepSpeed counts epochs by a "
+        "loader of its own.",
+    )
+    select_interval: Auto[int] = Field(
+        default=32,
+        ge=1,
+        description="Steps after which the columns are chosen anew. `auto` goes with select_strategy=auto.",
+    )
+    update_interval: Auto[int] = Field(
+        default=4,
+        ge=1,
+        description="Steps whose gradients add up before the other columns are stepped. `auto` is not "
+        "offered: DeepSpeed may never decide to.",
+    )
+    full_warm_up_rounds: int = Field(
+        default=0, ge=0, description="Steps at the start in which all columns are stepped."
+    )
+    overlap_step: bool = Field(
+        default=False,
+        description="Step the other columns in a process of its own. Not offered: its moments are in no "
+        "checkpoint.",
+    )
 
 
 class DeepSpeedConfig(Section):
@@ -80,6 +112,11 @@ class DeepSpeedConfig(Section):
     )
     zero_quantized_gradients: bool = Field(
         default=False, description="ZeRO++: reduce the gradients in int4. Not exact."
+    )
+    zenflow: ZenFlowConfig | None = Field(
+        default=None,
+        description="ZenFlow (arXiv:2505.12242): step the columns with the largest gradients on the device "
+        "at once, the others in host memory some steps later. Not exact, and without clipping; null is off.",
     )
     aio: AioConfig = Field(
         default_factory=AioConfig,

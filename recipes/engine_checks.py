@@ -7,6 +7,7 @@ disk was asked for, or leaves out a key that its stage does not read, and says n
 from typing import TYPE_CHECKING
 
 from .engine import AioConfig, DeepSpeedConfig, NativeEngineConfig
+from .engine_zenflow import zenflow_problems
 from .objectives import SftThenDpoObjective
 from .offload import OffloadConfig
 from .optimizers import AdamW
@@ -29,7 +30,7 @@ def engine_problems(recipe: "Recipe") -> list[Problem]:
         return []
     found = [*_optimizer(recipe), *_others(recipe)]
     if isinstance(engine, DeepSpeedConfig):
-        found += [*_tiers(engine), *_disk(engine), *_stage_3(engine)]
+        found += [*_tiers(engine), *_disk(engine), *_stage_3(engine), *zenflow_problems(recipe)]
     return found
 
 

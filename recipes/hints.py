@@ -142,7 +142,7 @@ FOREIGN = {
     # engine
     "engine.stage": "engine.zero_stage",
     "engine.ratio": "nothing: DeepSpeed would step that part at a rate of its own (docs/engines.md)",
-    "zenflow": "nothing: it clips, measures and saves only a part of what it does (docs/engines.md)",
+    "zenflow": "engine.zenflow",
     "zero_optimization": "engine",
     "deepspeed": "engine=deepspeed",
     "deepspeed_config": "engine=deepspeed, its keys written out",

@@ -79,6 +79,7 @@ def _section(section: str) -> str:
         lines += _nested("Columns", "The mapping `data.columns`.")
     if section == "engine":
         lines += _nested("AioConfig", "The mapping `engine.aio`.")
+        lines += _nested("ZenFlowConfig", "The mapping `engine.zenflow`.")
     if section == "schedule":
         lines += _nested("Piece", "One piece, in `schedule.pieces`: a mapping.")
     return "\n".join([*lines, ""])

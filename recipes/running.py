@@ -115,6 +115,16 @@ class CheckpointConfig(Section):
     )
     keep: int = Field(default=2, ge=1, description="Newest checkpoints kept.")
     keep_best: bool = Field(default=True, description="Keep the best one too, whatever its age.")
+    in_memory: Auto[bool] = Field(
+        default=None,
+        description="Keep snapshots in host memory too, in a process that outlives a killed run; auto does "
+        "where they take no more than half of the memory that the run leaves free.",
+    )
+    snapshot_every: Auto[EveryText] = Field(
+        default=None,
+        description="Between two snapshots in memory: steps (`1`), a share of the budget or time (`10s`); "
+        "auto weighs what one costs against what a killed run would lose.",
+    )
     keep_pre_decay: bool = Field(
         default=False,
         description="Keep the state before the last decay of `wsd` too, so that `shoestring extend` can go "

@@ -112,12 +112,12 @@ class Meter:
         if recipe.model.load_in_4bit:
             slower *= 1.2
         layer = self.per_token * share / facts.layers
-        seconds = self.seconds * slower
+        seconds = self.seconds * slower / facts.layers
         return Measurement(
             saved=Plane(0, 0, 0, layer),
             peak=Plane(0, 0, self.per_token / 100, layer),
-            seconds=Plane(0, 0, seconds, 0),
-            forward_seconds=Plane(0, 0, seconds / 3, 0),
+            seconds=Plane(0, 0, 0, seconds),
+            forward_seconds=Plane(0, 0, 0, seconds / 3),
             head_peak=Polyline(((100, 1e6), (200, 2e6)), 100.0),
             head_held=0,
             head_seconds=Line(0, 3 * self.head),

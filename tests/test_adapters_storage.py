@@ -87,7 +87,7 @@ def test_a_checkpoint_loads_into_a_model_built_alike(keys: dict[str, Any], tmp_p
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "org/small"
-    again = attached(keys, train=False, saved=tmp_path)
+    again = attached(keys, train=False, saved=json.loads((tmp_path / "adapter_config.json").read_text()))
     load_adapter_state(again, tmp_path)
     assert torch.equal(again(IDS).logits, wrapped(IDS).logits)
     for (name, value), (_, other) in zip(wrapped.named_parameters(), again.named_parameters(), strict=True):

@@ -21,7 +21,7 @@ from shoestring.checkpoint.aside import aside, sweep
 
 # Real processes from a server that has imported torch once: a kill costs milliseconds, not the import.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.checkpoint", "pytest"])
+CONTEXT.set_forkserver_preload(["shoestring.checkpoint.store", "shoestring.checkpoint.reading", "pytest"])
 
 
 def put(run: Path, step: int) -> Path:

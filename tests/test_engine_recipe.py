@@ -239,4 +239,4 @@ def test_the_recipes_of_the_page_are_recipes(tmp_path: Path) -> None:
         missing = "" if "budget:" in block else "model: m\ndata: a.jsonl\nbudget: 1h\n"
         path.write_text(missing + block)
         names.append(load_recipe(str(path), (), env={}).recipe.engine.name)
-    assert names == ["native", "deepspeed", "fsdp2"]
+    assert names == ["native", "deepspeed", "deepspeed", "fsdp2"]

@@ -202,6 +202,39 @@ def test_a_gpu_takes_host_memory_before_the_disk() -> None:
     assert given.reasons["offload.optimizer"].startswith("offload.optimizer=host; ")
 
 
+def test_a_gpu_swaps_activations_where_that_is_quicker_than_computing_them_again() -> None:
+    """Each of the 10 layers keeps 20 kB a token; to compute one again takes 33 microseconds a token."""
+    tokens, kept = 4096, 2e4 * 4096
+    meter = {"measure": Meter(per_token=2e5, seconds=1e-3)}
+    one = ("train.gradient_accumulation_steps=1", "offload.optimizer=device", "checkpoint.in_memory=false")
+
+    def on(link: float, gpu: float = 1.8, host: float = 16.0) -> Plan:
+        bare = machine("cuda", gpu=gpu, host=host)
+        return plan(*one, on=replace(bare, given_rates=replace(bare.rates, host_link=link)), **meter)
+
+    roomy, again, quick, slow = on(2e10, gpu=9.0), on(0.0), on(2e10), on(1e7)
+    assert (roomy.micro_tokens, roomy.swapped_layers, roomy.recomputed_layers) == (tokens, 0, 0)
+    assert (again.micro_tokens, again.swapped_layers) == (tokens, 0)
+    assert 0 < again.recomputed_layers < 10
+    assert (quick.micro_tokens, quick.recomputed_layers) == (tokens, 0)
+    assert quick.swapped_layers == again.recomputed_layers + 1  # one more: what is on its way is there too
+    waiting = next(placed for placed in quick.placement.parts if placed.part == "swapped")
+    assert (waiting.tier, waiting.bytes) == ("host", pytest.approx(quick.swapped_layers * kept))
+    assert quick.memory["host"]["activations"] == waiting.bytes
+    assert quick.memory["device"]["total"] <= 1.8e9
+    assert "swapped to host memory" in quick.reasons["activation_checkpointing"]
+    # The first copy back runs beside nothing; all others run beside the layers' work.
+    assert quick.step_seconds == pytest.approx(roomy.step_seconds + kept / 2e10, rel=1e-6)
+    assert (slow.swapped_layers, slow.recomputed_layers) == (0, again.recomputed_layers)
+    assert on(2e10, host=again.memory["host"]["total"] / 1e9 + 0.05).swapped_layers == 0
+
+
+def test_swapping_that_is_asked_for_is_done_on_a_gpu_alone() -> None:
+    given = plan("offload.activations=host", on=machine("cuda", gpu=24.0), measure=Meter(per_token=1e5))
+    assert (given.swapped_layers, given.recomputed_layers) == (facts().layers, 0)
+    assert plan("offload.activations=host").swapped_layers == 0
+
+
 # Refusals
 
 
@@ -378,6 +411,11 @@ def test_streamed_layers_leave_memory_and_take_time() -> None:
         ((), "must take its step while it is there"),
         (("optimizer.step_in_backward=true", "train.gradient_accumulation_steps=2"), "of one\n"),
         (("optimizer=q_apollo", "optimizer.step_in_backward=true"), "int8 weights"),
+        (("adapter=lora", "adapter.use_dora=true"), "DoRA starts from the norms"),
+        (("adapter=lora", "adapter.init_lora_weights=pissa_niter_4"), "weights=pissa_niter_4 starts from"),
+        (("adapter=lora", "adapter.init_lora_weights=olora"), "weights=olora starts from all weights"),
+        (("train.wta_crs_ratio=0.3",), "sampled weight gradients"),
+        (("optimizer.step_in_backward=true", "objective=dpo"), "preferences need a copy"),
     ],
 )
 def test_weights_that_cannot_be_streamed_are_refused(overrides: tuple[str, ...], why: str) -> None:

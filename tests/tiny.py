@@ -95,7 +95,7 @@ def recipe(folder: Path, **sections: Any) -> Path:
         "optimizer": {"name": "adamw", "learning_rate": 1e-2},
         "train": {"batch_tokens": 128},
         "eval": {"samples": 1, "max_new_tokens": 4},
-        "checkpoint": {"every": 4, "keep_best": False},
+        "checkpoint": {"every": 4, "keep_best": False, "in_memory": False},
         "output_dir": str(folder / "run"),
     }
     path = folder / "recipe.yaml"

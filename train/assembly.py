@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..adapters import attach
-from ..checkpoint import Checkpoint
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
 from ..ops import use_fused, use_int8_weights, use_wta_crs
@@ -26,6 +25,7 @@ from . import engines
 from .engine import NativeEngine
 from .objectives import LossModule, build_objective
 from .offloading import place_activations, place_state
+from .parts import Saved
 from .rundir import RunDir
 from .screen import Screen
 from .sharded import optimizer_of
@@ -139,7 +139,7 @@ def build_engine(
     facts: ModelFacts,
     data: Prepared,
     accelerator: Accelerator,
-    checkpoint: Checkpoint | None,
+    checkpoint: Saved | None,
     *,
     teacher: OnlineTeacher | StoredTeacher | None = None,
 ) -> tuple[NativeEngine, list[str]]:
@@ -172,7 +172,7 @@ def build_engine(
         seed=recipe.train.seed,
         eva_batches=_eva_batches(recipe, plan, data, device),
         original_weight=weight_reader(facts) if loftq and recipe.model.load_in_4bit else None,
-        saved=checkpoint.path if checkpoint is not None and adapter is not None else None,
+        saved=checkpoint.json("adapter_config") if checkpoint is not None and adapter is not None else None,
         checkpointing="non_reentrant" if plan.activation_checkpointing else "none",
     )
     fused = [] if streamed is None else [*streamed.lines]
@@ -195,6 +195,8 @@ def build_engine(
         fused.append(f"{recipe.optimizer.name}: {share_line(slots(trained))}")
     optimizer, placed = place_state(optimizer, recipe, plan)
     fused += placed
+    if "engine" in plan.reasons:
+        fused.append(f"engine {recipe.engine.name}: {plan.reasons['engine']}")
     module = LossModule(trained, objective)
     engine = engines.build(recipe, accelerator, module, optimizer, autocast=plan.autocast)
     engine.streamed = streamed

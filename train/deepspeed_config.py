@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..plan.engines import BUCKET
 from ..recipes import DeepSpeedConfig
+from ..recipes.engine import ZenFlowConfig
 
-BUCKET = 500_000_000
-"""Elements that are reduced together at most; DeepSpeed's own default."""
 PERSISTENT = 100_000
 """Weights of at most so many elements stay whole in stage 3: gathering them costs more than it saves.
 DeepSpeed's own default.
@@ -43,6 +43,13 @@ def deepspeed_config(
         "bf16": {"enabled": bfloat16},
         "zero_optimization": _zero(engine, trained, scratch, pin=not on_cpu),
     }
+    if engine.zenflow is not None:
+        # Its optimizer of the chosen columns is made with these; rate and all else are set before each step.
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.0}}
+        config["zero_optimization"] |= {
+            "reduce_bucket_size": trained,  # one bucket: nothing is stepped before all gradients are known
+            "zenflow": _zenflow(engine.zenflow),
+        }
     if engine.offload_optimizer == "nvme":
         aio = engine.aio
         config["aio"] = {
@@ -81,3 +88,14 @@ def _zero(engine: DeepSpeedConfig, trained: int, scratch: str | None, *, pin: bo
         if engine.offload_param != "none":
             zero["offload_param"] = {"device": engine.offload_param, "pin_memory": pin}
     return zero
+
+
+def _zenflow(zenflow: ZenFlowConfig) -> dict[str, Any]:
+    return {
+        "topk_ratio": zenflow.topk_ratio,
+        "select_strategy": zenflow.select_strategy,
+        "select_interval": zenflow.select_interval,
+        "update_interval": zenflow.update_interval,
+        "full_warm_up_rounds": zenflow.full_warm_up_rounds,
+        "overlap_step": zenflow.overlap_step,
+    }

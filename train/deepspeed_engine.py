@@ -26,6 +26,7 @@ from ..optimizers import clip_by_global_norm
 from ..recipes import DeepSpeedConfig
 from .deepspeed_config import deepspeed_config
 from .deepspeed_import import import_deepspeed
+from .deepspeed_zenflow import HostAdamW, ZenFlow, check_shapes
 from .engine import Interrupted, loss_and_sums
 from .sharded import ShardedEngine, process_group
 from .zero_states import ZeroStates
@@ -43,13 +44,14 @@ class DeepSpeedEngine(ShardedEngine):
     """What DeepSpeed steps with: its groups hold this process's shards."""
     _states: ZeroStates | None = field(default=None, init=False)
     """Of stages 1 to 3; at stage 0 the parameters are whole."""
+    _zenflow: ZenFlow | None = field(default=None, init=False)
     _scratch: Scratch | None = field(default=None, init=False)
     _finite_loss: bool = field(default=True, init=False)
 
     @property
     def weights_in_shards(self) -> bool:  # type: ignore[override]  # a plain value elsewhere
-        """Stage 3 alone."""
-        return self.config.zero_stage == 3
+        """Stage 3; and with ZenFlow, whose matrices lie column by column, as no file has them."""
+        return self.config.zero_stage == 3 or self._zenflow is not None
 
     # --- the calls of the loop
 
@@ -58,12 +60,17 @@ class DeepSpeedEngine(ShardedEngine):
     ) -> Tensor:
         """As NativeEngine's: DeepSpeed averages over the processes, so the sum is divided accordingly."""
         device = self.accelerator.device
+        if self._zenflow is not None and len(batches) != 1:
+            raise ValueError(f"a step of {len(batches)} micro-batches: ZenFlow takes each of them for a step")
         total = torch.zeros((), device=device)
         scale = self.accelerator.num_processes / count
         for number, batch in enumerate(batches):
             if interrupted():  # what has been accumulated is never stepped: the run ends here
                 raise Interrupted
-            self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            if self._zenflow is None:
+                self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            else:
+                self._zenflow.before_backward(self.optimizer.param_groups)
             loss, _ = loss_and_sums(self.deepspeed(batch.to(device)))
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
@@ -77,6 +84,8 @@ class DeepSpeedEngine(ShardedEngine):
         """
         for ours, theirs in zip(self.optimizer.param_groups, self.flat.param_groups, strict=True):
             theirs.update({key: value for key, value in ours.items() if key != "params"})
+        if self._zenflow is not None:
+            return self._step_with(self._zenflow)
         norm = self._clipped(max_grad_norm)
         if not self._finite_loss or (norm is not None and not bool(torch.isfinite(norm))):
             self.end()
@@ -84,6 +93,16 @@ class DeepSpeedEngine(ShardedEngine):
         self.deepspeed.step()
         if norm is None:
             norm = torch.as_tensor(self.deepspeed.get_global_grad_norm())
+        self.freed.after_step()
+        return norm
+
+    def _step_with(self, zenflow: ZenFlow) -> Tensor:
+        mine = torch.tensor(float(self._finite_loss and zenflow.finite()), device=self.accelerator.device)
+        finite = self.accelerator.reduce(mine, reduction="sum")
+        if int(finite) < self.accelerator.num_processes:
+            self.end()
+            return torch.tensor(float("nan"))
+        norm = zenflow.step()
         self.freed.after_step()
         return norm
 
@@ -100,7 +119,11 @@ class DeepSpeedEngine(ShardedEngine):
         deepspeed = import_deepspeed(self.accelerator.device)
         process_group(self.accelerator)
         self._attributes = {id(p): set(vars(p)) for p in self.loss_module.parameters()}
-        self.flat = torch.optim.AdamW(
+        kind = torch.optim.AdamW
+        if self.config.zenflow is not None:
+            check_shapes(self.parameters)
+            kind = HostAdamW
+        self.flat = kind(
             [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
         )
         if self.config.nvme_path is not None:
@@ -121,7 +144,11 @@ class DeepSpeedEngine(ShardedEngine):
         self.deepspeed, *_ = deepspeed.initialize(model=self.loss_module, optimizer=self.flat, config=config)
         if self.config.zero_stage:
             zero = self.deepspeed.optimizer
-            self._states = ZeroStates(zero, self.flat, self.parameters, stage=self.config.zero_stage)
+            by_columns = self.config.zenflow is not None
+            self._states = ZeroStates(
+                zero, self.flat, self.parameters, stage=self.config.zero_stage, by_columns=by_columns
+            )
+            self._zenflow = ZenFlow(self.deepspeed) if by_columns else None
         if self.autocast:  # inside, since DeepSpeed turns off an autocast that surrounds it
             forward = self.loss_module.forward
 
@@ -136,7 +163,7 @@ class DeepSpeedEngine(ShardedEngine):
         whole = {}
         for name, p in self.loss_module.named_parameters():
             with _gathering([p]):
-                whole[name] = p.detach().clone()
+                whole[name] = p.detach().clone(memory_format=torch.contiguous_format)
         engine = self.deepspeed
         self.deepspeed = None
         engine.module_forward_pre_hook.remove()
@@ -154,11 +181,15 @@ class DeepSpeedEngine(ShardedEngine):
             self._scratch.close()
             self._scratch = None
         self.flat = torch.optim.AdamW([torch.zeros(0)])
-        self._states = None
+        self._states = self._zenflow = None
 
     @contextlib.contextmanager
     def gather_weights(self) -> Iterator[None]:
         """All weights of the model, and none given back by a forward pass."""
+        if self._zenflow is not None:
+            with self._zenflow.by_rows():
+                yield
+            return
         parameters = list(self.loss_module.parameters())
         with _gathering(parameters):
             for p in parameters:
@@ -183,6 +214,8 @@ class DeepSpeedEngine(ShardedEngine):
         """Cut up whole states, and keep this process's part of each."""
         if self._states is not None:
             self._states.scatter(states)
+            if self._zenflow is not None:
+                self._zenflow.go_on()
             return
         for name, state in states.items():
             self.flat.state[self.parameters[name]] = dict(state)

@@ -56,6 +56,7 @@ def train_loop(run: Run) -> str:
         for follow in run.followers:
             follow(permit)
         began = time.monotonic()
+        run.snapshots.before_backward()
         count = stage.count(step)
         try:
             loss_sum = run.engine.forward_backward(micro_batches, count, _interrupt(run))
@@ -63,6 +64,7 @@ def train_loop(run: Run) -> str:
             set_random_state(boundary)
             run.clock.stop(run.stop.name)
             return run.stop.name
+        run.snapshots.settle()
         grad_norm = float(run.engine.step(settings.max_grad_norm))
         loss = float(loss_sum) / count
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -90,6 +92,7 @@ def train_loop(run: Run) -> str:
                 return "early_stopping"
         if save_now:
             save_checkpoint(run)
+        run.snapshots.take_if_due(run)
     raise AssertionError("the order of training rows has no end")
 
 

@@ -21,6 +21,7 @@ def measure(run: Run, stage: Stage, *, rows: int) -> EvalResult:
     After the last step those rows that no evaluation between the steps measures are left out where the time
     does not last for them. Raises DivergedError where the loss is not finite.
     """
+    run.snapshots.settle()  # some optimizers are measured at other weights than they train
     plan, module = stage.plan, run.engine.loss_module
     before, module.objective = module.objective, stage.objective
     kind = eval_kind(run.stages, stage)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..offload import OffloadedOptimizer, offload_optimizer
-from ..offload.activation_model import recompute_first
+from ..offload.activation_model import ActivationChoice, recompute_first, spread
 from ..offload.activations import apply_activations
 from ..offload.arena import Arena
 from ..offload.pool import HostPool
@@ -39,18 +39,17 @@ def place_state(
 def place_activations(
     model: nn.Module, recipe: Recipe, plan: Plan, layers: int, device: torch.device
 ) -> list[str]:
-    """Recompute the layers that the plan says, and swap the others where the recipe asks for it.
+    """Recompute and swap as many layers as the plan says, and say so.
 
-    Streamed layers are computed again as it is. Swapping is for accelerators: the plan counts activations as
-    if they were kept, and the pool of host memory is as large as they are.
+    Streamed layers are computed again as it is.
     """
     if recipe.offload.weights != "device":
         return []
-    again = plan.recomputed_layers
-    if recipe.offload.activations == "host" and device.type != "cpu":
-        size = next(placed.bytes for placed in plan.placement.parts if placed.part == "activations")
-        pinned = Arena(size + PAGE, pin=True, numa_policy=recipe.offload.numa_policy)
-        choice = recompute_first(again, layers, others="swap")
+    again, swapped = plan.recomputed_layers, plan.swapped_layers
+    if swapped:
+        size = next(placed.bytes for placed in plan.placement.parts if placed.part == "swapped")
+        pinned = Arena(size + PAGE, pin=device.type == "cuda", numa_policy=recipe.offload.numa_policy)
+        choice = ActivationChoice(spread(layers, swapped, again))
         handle = apply_activations(model, choice, pool=HostPool(size, arena=pinned))
         return [handle.line, *pinned.lines]
     if again:

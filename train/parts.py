@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint import Checkpoint, Snapshot
 from ..data import Order, Prepared, Step
 from ..plan import Plan
 from ..recipes import Recipe
@@ -24,6 +25,11 @@ from .screen import Screen
 from .signals import StopRequest
 from .tracking import Tracking
 
+if TYPE_CHECKING:
+    from .snapshots import Snapshots  # which takes them of a Run
+
+Saved = Checkpoint | Snapshot
+"""What a run goes on from."""
 STAGE_OVER = "stage"
 PAUSED = "paused"
 _WHOLE = 1e-9
@@ -97,6 +103,7 @@ class Run:
     eval_due: Cadence
     save_due: Cadence
     budget_file: BudgetFile
+    snapshots: Snapshots
     legs: list[Leg] = field(default_factory=list)
     followers: list[Callable[[StepPermit], None]] = field(default_factory=list)
     """What else moves with the budget, told before each step."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..checkpoint import Checkpoint
 from ..recipes.errors import BudgetError
 from ..schedules import Clock, Counter, Limits, Schedule, energy_source
-from .parts import Run
+from .parts import Run, Saved
 from .rundir import RunDir
 from .stages import StagePlan
 from .tracking import read_jsonl
@@ -58,7 +57,7 @@ def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> str |
         return clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
 
 
-def load_weights(run: Run, checkpoint: Checkpoint) -> None:
+def load_weights(run: Run, checkpoint: Saved) -> None:
     """Trained weights, the optimizer's state, and the reference model of a stage that has one."""
     tensors = {name: checkpoint.open_tensors(name) for name in ("trained", "optimizer")}
     run.engine.load_state_dict(tensors, {"optimizer": checkpoint.json("optimizer")})

@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..checkpoint import check_identity, newest, open_checkpoint, run_identity, set_random_state
+from ..checkpoint import Checkpoint, check_identity, open_checkpoint, run_identity, set_random_state
 from ..data import Order
 from ..models import load_tokenizer, read_facts
 from ..ops import bound_kernel_cache, keep_freed_memory
+from ..ops.memory import map_large_blocks
 from ..recipes import DistillObjective, Recipe, Resolved, load_recipe
 from ..schedules import Clock, Limits, energy_counters
 from .assembly import build_engine, fingerprint, teacher_of
@@ -38,6 +39,7 @@ from .saving import save_checkpoint
 from .screen import Screen, quiet_libraries
 from .sharded import begin_sharding, end_sharding
 from .signals import StopRequest, stop_on_signals
+from .snapshots import Snapshots, open_snapshots
 from .stages import StagePlan, plan_stages
 from .streaming import order_arguments
 from .trackers import open_trackers
@@ -55,6 +57,8 @@ def train_recipe(
     resolved = load_recipe(source, overrides)
     quiet_libraries()
     keep_freed_memory()
+    if "disk" in (resolved.recipe.offload.optimizer, resolved.recipe.offload.weights):
+        map_large_blocks()  # before the measurement of the plan
     bound_kernel_cache()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.device.type == "cpu":
@@ -71,8 +75,12 @@ def train_recipe(
         if accelerator.is_main_process:
             stack.enter_context(run_dir.lock())
             run_dir.remove_leftovers()
-            if fresh:
-                run_dir.clear()
+        snapshots = stack.enter_context(
+            open_snapshots(resolved.recipe, run_dir, processes=accelerator.num_processes, warn=screen.warn)
+        )
+        if fresh and accelerator.is_main_process:
+            snapshots.forget()  # first, lest the keeper writes what it holds into the empty directory
+            run_dir.clear()
         accelerator.wait_for_everyone()
         if run_dir.finished_legs() > len(read_legs(run_dir.legs)):
             screen.note(
@@ -81,7 +89,7 @@ def train_recipe(
                 "Run it again from the start with --fresh, or into another folder with output_dir=runs/NAME"
             )
             return 0
-        return _train(resolved, accelerator, run_dir, screen, stop, started, pause_at)
+        return _train(resolved, accelerator, run_dir, screen, stop, snapshots, started, pause_at)
 
 
 def _train(
@@ -90,10 +98,11 @@ def _train(
     run_dir: RunDir,
     screen: Screen,
     stop: StopRequest,
+    snapshots: Snapshots,
     started: float,
     pause_at: float | None,
 ) -> int:
-    run = build(resolved, accelerator, run_dir, screen, stop, started)
+    run = build(resolved, accelerator, run_dir, screen, stop, snapshots, started)
     run.pause_at = pause_at
     try:
         return _carry_out(run)
@@ -139,9 +148,10 @@ def build(
     run_dir: RunDir,
     screen: Screen,
     stop: StopRequest,
+    snapshots: Snapshots,
     started: float,
 ) -> Run:
-    """Every part of the run, restored from the newest whole checkpoint where there is one."""
+    """Every part of the run, restored from its newest whole state where there is one."""
     recipe = resolved.recipe
     counters = energy_counters(gpu_uuids=gather_object(gpu_uuids(accelerator.device)))
 
@@ -149,7 +159,7 @@ def build(
     facts = read_facts(recipe.model)
     tokenizer = load_tokenizer(facts, recipe.model)
     legs = read_legs(run_dir.legs)
-    checkpoint = newest(run_dir.path, screen.warn) if run_dir.holds_run() else None
+    checkpoint = snapshots.newest(run_dir, screen.warn)
     plans = plan_stages(recipe, facts, tokenizer, accelerator, run_dir, checkpoint, started, screen)
     identity = run_identity(
         recipe.model_dump(mode="json"),
@@ -231,15 +241,18 @@ def build(
         eval_due=clock.cadence(recipe.eval.every, eval_kind(stages, stages[state.stage])),
         save_due=clock.cadence(recipe.checkpoint.every, "save"),
         budget_file=budget_file,
+        snapshots=snapshots,
         legs=legs,
         followers=[follower] if follower is not None else [],
         state=state,
-        resumed_from=checkpoint.path.name if checkpoint else None,
+        resumed_from=checkpoint.name if checkpoint else None,
     )
+    snapshots.begin(clock, wanted=run.plan.snapshot_bytes > 0)
     if checkpoint is None:
         begin_stage(run, 0)
         return run
-    state.last_saved = state.step
+    if isinstance(checkpoint, Checkpoint):
+        state.last_saved = state.step
     if new_leg:
         begin_leg(run)
     else:

@@ -37,7 +37,7 @@ def save_checkpoint(run: Run) -> Path | None:
                     run.run_dir.path,
                     step=state.step,
                     tensors=tensors,
-                    json={"trainer": _trainer(run), "random": randoms, **settings},
+                    json={"trainer": trainer_state(run), "random": randoms, **settings},
                     copy=run.run_dir.model_writer(
                         run.engine.loss_module.model,
                         run.tokenizer,
@@ -71,7 +71,8 @@ def keep_state_before_decay(run: Run, permit: StepPermit) -> None:
         save_checkpoint(run)
 
 
-def _trainer(run: Run) -> dict[str, Any]:
+def trainer_state(run: Run) -> dict[str, Any]:
+    """Counters, clock and cadences: all of the state that is neither tensors nor generators."""
     return {
         "state": asdict(run.state),
         "clock": run.clock.state_dict(),

@@ -14,13 +14,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..checkpoint import Checkpoint
 from ..data import Prepared
 from ..models import ModelFacts
 from ..plan import Plan, Split, choose_split
 from ..plan.defaults import DPO_RATE
 from ..recipes import DpoObjective, Recipe, SftObjective, SftThenDpoObjective
 from .assembly import decide, read_data
+from .parts import Saved
 from .rundir import RunDir, write_json
 from .screen import Screen
 
@@ -105,7 +105,7 @@ def plan_stages(
     tokenizer: Any,
     accelerator: Accelerator,
     run_dir: RunDir,
-    checkpoint: Checkpoint | None,
+    checkpoint: Saved | None,
     started: float,
     screen: Screen,
 ) -> list[StagePlan]:

@@ -14,12 +14,12 @@ from ..models import ModelFacts, weight_reader
 from ..offload.streamed_loading import load_streamed, safetensors_reader
 from ..offload.streamed_model import StreamedModel
 from ..offload.streamed_saving import save_streamed
-from ..ops import use_fused
+from ..ops import give_back_freed_memory, use_fused
+from ..ops.memory import map_large_blocks
 from ..plan import Plan, scratch_folder
-from ..recipes import DpoObjective, Recipe, SftThenDpoObjective
+from ..plan.sizes import steps_in_backward
+from ..recipes import Recipe
 from ..recipes.errors import UserError, in_columns
-
-_STARTS_FROM_WEIGHTS = ("pissa", "olora", "loftq")
 
 
 def open_streamed(
@@ -27,12 +27,16 @@ def open_streamed(
 ) -> StreamedModel | None:
     """The plain model with its layers where the plan wants them, None where that is the device.
 
-    UserError: something that needs all weights at once.
+    UserError: several processes; what else cannot be streamed, the plan has refused.
     """
+    if not plan.placement.all_on_device:
+        map_large_blocks()  # memory is short
     tier = plan.placement.tier("weights")
     if tier == "device":
         return None
-    _check(recipe, num_processes)
+    if num_processes > 1:
+        reason = f"{num_processes} processes were started.\nStart one, or offload.weights=device"
+        raise UserError(in_columns([("offload.weights", f"{tier} was given, but {reason}")]))
     reader = weight_reader(facts) if facts.kind == "gguf" else safetensors_reader(_folder(facts))
     dtype = getattr(torch, plan.dtype)
     streamed = _load(recipe, plan, device, facts.config, reader, dtype, trainable=recipe.adapter is None)
@@ -60,6 +64,7 @@ def _load(
 ) -> StreamedModel:
     tier = plan.placement.tier("weights")
     assert tier != "device"
+    give_back_freed_memory()  # see `models.load_model`
     return load_streamed(
         config,
         read,
@@ -76,11 +81,8 @@ def _load(
 
 
 def order_arguments(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What `Order` takes; a step has one micro-batch where weights can be stepped only in its backward pass.
-
-    It is then larger than planned by at most a row.
-    """
-    whole = plan.placement.tier("weights") != "device" and recipe.adapter is None
+    """What `Order` takes; a step that is taken inside the backward pass has one micro-batch."""
+    whole = steps_in_backward(recipe)
     return plan.order_arguments() | ({"micro_tokens": None, "micro_rows": None} if whole else {})
 
 
@@ -103,28 +105,6 @@ def write_merged(streamed: StreamedModel, model: nn.Module, folder: Path, dtype:
     plain = merge_in_place(model)
     save_streamed(streamed, folder, dtype=dtype)
     return plain
-
-
-def _check(recipe: Recipe, num_processes: int) -> None:
-    adapter, reason = recipe.adapter, None
-    if num_processes > 1:
-        reason = f"{num_processes} processes were started.\nStart one"
-    elif adapter is not None and adapter.use_dora:
-        reason = "DoRA starts from the norms of all weights.\nSet adapter.use_dora=false"
-    elif adapter is not None and str(adapter.init_lora_weights).startswith(_STARTS_FROM_WEIGHTS):
-        reason = (
-            f"adapter.init_lora_weights={adapter.init_lora_weights} starts from all weights.\n"
-            "Set adapter.init_lora_weights=true"
-        )
-    elif adapter is None and isinstance(recipe.objective, DpoObjective | SftThenDpoObjective):
-        reason = "preferences need a copy of the trained weights.\nTrain an adapter: adapter=lora"
-    elif recipe.train.wta_crs_ratio is not None:
-        reason = "sampled weight gradients are not streamed.\nSet train.wta_crs_ratio=null"
-    if reason is not None:
-        given = recipe.offload.weights
-        raise UserError(
-            in_columns([("offload.weights", f"{given} was given, but {reason}, or offload.weights=device")])
-        )
 
 
 def _folder(facts: ModelFacts) -> Path:

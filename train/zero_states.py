@@ -25,11 +25,19 @@ class ZeroStates:
     """State of `adamw`, which DeepSpeed's `zero` steps its shards with.
 
     zero: DeepSpeed's optimizer of stage 1, 2 or 3 (version 0.19). names: of the trained parameters.
+    by_columns: its shards have matrices column by column, as ZenFlow's do.
     """
 
     def __init__(
-        self, zero: Any, adamw: torch.optim.AdamW, names: Mapping[str, nn.Parameter], *, stage: int
+        self,
+        zero: Any,
+        adamw: torch.optim.AdamW,
+        names: Mapping[str, nn.Parameter],
+        *,
+        stage: int,
+        by_columns: bool = False,
     ) -> None:
+        self._by_columns = by_columns
         self._zero, self._adamw, self._names, self._stage3 = zero, adamw, names, stage == 3
         self._name_of = {id(p): name for name, p in names.items()}
         self._shards: list[Tensor] = (
@@ -59,7 +67,7 @@ class ZeroStates:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, p in self._names.items():
-            state = {key: safe_get_full_optimizer_state(p, key) for key in MOMENTS}
+            state = {key: self._by_rows(safe_get_full_optimizer_state(p, key)) for key in MOMENTS}
             if p.dtype != torch.float32:
                 state[MASTER] = safe_get_full_fp32_param(p)
             yield name, {"step": step, **state}
@@ -82,9 +90,23 @@ class ZeroStates:
 
         for name, state in states.items():
             for key in MOMENTS:
-                safe_set_full_optimizer_state(self._names[name], state[key], key)
+                value = self._by_shard(state[key])
+                safe_set_full_optimizer_state(self._names[name], value, key)
             if MASTER in state:
                 safe_set_full_fp32_param(self._names[name], state[MASTER])
+
+    def _by_rows(self, value: Tensor) -> Tensor:
+        """What a shard's run of elements is, read as a tensor of the parameter's shape."""
+        if not self._by_columns or value.dim() != 2:
+            return value
+        rows, columns = value.shape
+        return value.reshape(columns, rows).t().contiguous()
+
+    def _by_shard(self, value: Tensor) -> Tensor:
+        """The inverse of `_by_rows`."""
+        if not self._by_columns or value.dim() != 2:
+            return value
+        return value.t().contiguous().view(value.shape)
 
     def _keys(self, parameter: nn.Parameter) -> tuple[str, ...]:
         return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)

@@ -8,6 +8,7 @@ disk has been given everything (`step`, then waiting for what a next forward pas
     python benchmarks/offload.py                       # ours, in memory, and the ring without computation
     python benchmarks/offload.py --deepspeed           # DeepSpeed's NVMe offload too (pip install deepspeed)
     python benchmarks/offload.py --sizes 3 6 12 24 --chart sizes.png    # memory and seconds against size
+    python benchmarks/offload.py --hidden 64 512 2048                   # how much of it which batch hides
     python benchmarks/offload.py --folder /ssd/scratch --rounds 3 --steps 6
 """
 
@@ -73,8 +74,10 @@ def measure(
 ) -> dict[str, Any]:
     """Figures of `steps` steps after two that are not counted."""
     found: dict[str, Any] = {"backward": [], "phase": [], "step": [], "read": [], "written": [], "losses": []}
+    whole = 0.0
     for number in range(steps + 2):
         began = time.perf_counter()
+        whole = began if number == 2 else whole
         found["losses"].append(forward_backward())
         backward = time.perf_counter()
         read, written = storage_bytes()
@@ -90,6 +93,7 @@ def measure(
         found["phase"].append(ended - backward)
         found["read"].append(now[0] - read)
         found["written"].append(now[1] - written)
+    found["whole"] = (ended - whole) / steps
     found["libraries"] = LIBRARIES
     found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found["locked"] = locked_bytes()
@@ -102,14 +106,14 @@ def ours(options: argparse.Namespace, *, tier: str | None, compute: bool = True)
     from shoestring.optimizers import AdamW
 
     model = build_model(options.layers)
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+    ids = torch.randint(0, VOCABULARY, (1, options.tokens))
     optimizer: Any = AdamW(model.parameters(), lr=RATE, weights="master")
     drain: Callable[[], None] = lambda: None  # noqa: E731 (it has nothing to wait for)
     if tier is not None:
         buffers = {"buffer_size": options.buffer_mib * MIB, "buffer_count": options.buffers, "io": options.io}
         optimizer, lines = offload_optimizer(optimizer, tier=tier, folder=options.folder, **buffers)
         print(*lines, sep="; ", file=sys.stderr)
-        drain = optimizer.wait
+        drain = drain if options.overlap else optimizer.wait
 
     def forward_backward() -> float:
         loss = model(input_ids=ids, labels=ids).loss
@@ -164,7 +168,7 @@ def deepspeed_nvme(options: argparse.Namespace, settings: dict[str, Any]) -> dic
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config, dist_init_required=True
     )
-    ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+    ids = torch.randint(0, VOCABULARY, (1, options.tokens))
 
     def forward_backward() -> float:
         loss = engine(input_ids=ids, labels=ids).loss
@@ -229,6 +233,36 @@ def sizes(options: argparse.Namespace) -> None:
             )
     if options.chart:
         draw(rows, options.chart)
+
+
+def hidden(options: argparse.Namespace) -> None:
+    """For each batch the seconds of a whole step, and the share of what the disk adds that it hides.
+
+    The disk adds what its phase takes beyond the one in memory when nothing runs beside it.
+    """
+    in_memory, on_disk = list(contenders(options))[:2]
+    print(
+        "| tokens | step in memory, s | on disk, s | of the disk's time hidden |\n|---|---|---|---|",
+        flush=True,
+    )
+    for tokens in options.hidden:
+        arguments = [*sys.argv[1:], "--tokens", str(tokens)]
+        rounds = []
+        for _ in range(options.rounds):
+            memory, alone = run_child(in_memory, arguments), run_child(on_disk, arguments)
+            beside = run_child(on_disk, [*arguments, "--overlap"])
+            if memory and alone and beside:
+                rounds.append((memory, alone, beside))
+        if not rounds:
+            continue
+        adds = [
+            statistics.median(alone["phase"]) - statistics.median(memory["phase"])
+            for memory, alone, _ in rounds
+        ]
+        shown = [beside["whole"] - memory["whole"] for memory, _, beside in rounds]
+        share = statistics.median(1.0 - left / added for left, added in zip(shown, adds, strict=True))
+        whole = [statistics.median(one["whole"] for one in ways) for ways in zip(*rounds, strict=True)]
+        print(f"| {tokens:,} | {whole[0]:.2f} | {whole[2]:.2f} | {share:.0%} |", flush=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -319,11 +353,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=None)
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="layers of the models to compare")
     parser.add_argument("--chart", type=Path, default=None, help="with --sizes: a picture")
+    parser.add_argument("--hidden", type=int, nargs="+", default=None, help="batches in tokens to compare")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a batch")
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.sizes and not options.child:
         sizes(options)
+        return
+    if options.hidden and not options.child:
+        hidden(options)
         return
     if options.child:
         import transformers.models.llama.modeling_llama  # noqa: F401 (so that it counts as a library)

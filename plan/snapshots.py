@@ -11,6 +11,7 @@ from .offload_writes import size_text
 
 SLOTS = 2
 """Snapshots held: while one is written the other is whole."""
+AWAY = "state is kept elsewhere to spare memory, and snapshots would hold it in memory twice"
 SHARE = 0.5
 """Of the memory that the run leaves free, what snapshots may take without being asked for."""
 
@@ -21,8 +22,8 @@ def why_no_snapshots(recipe: Recipe, processes: int) -> str | None:
         return f"engine={recipe.engine.name} holds its state in shards"
     if processes > 1:
         return f"{processes} processes train, and snapshots are of one"
-    if recipe.offload.optimizer == "disk" or recipe.offload.weights == "disk":
-        return "state is on the disk to spare memory, and snapshots would hold it there twice"
+    if recipe.offload.optimizer == "disk" or recipe.offload.weights != "device":
+        return AWAY
     return None
 
 
@@ -32,7 +33,11 @@ def snapshot_bytes(recipe: Recipe, sizes: Sizes, chosen: Candidate, limits: Limi
     Raises BudgetError with the numbers where the recipe asks for them and they do not fit.
     """
     wanted = recipe.checkpoint.in_memory
-    if wanted is False or chosen.tier == "disk" or why_no_snapshots(recipe, processes) is not None:
+    if wanted is False or why_no_snapshots(recipe, processes) is not None:
+        return 0
+    if chosen.tier != "device":
+        if wanted:
+            raise BudgetError(in_columns([("checkpoint.in_memory", f"true was given, but {AWAY}")]))
         return 0
     needed = SLOTS * (sizes.trained + sizes.optimizer + sizes.reference)
     free = int(limits.host * (1.0 - defaults.MEMORY_MARGIN)) - chosen.footprint.host_total

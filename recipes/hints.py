@@ -142,7 +142,6 @@ FOREIGN = {
     # engine
     "engine.stage": "engine.zero_stage",
     "engine.ratio": "nothing: DeepSpeed would step that part at a rate of its own (docs/engines.md)",
-    "zenflow": "engine.zenflow",
     "zero_optimization": "engine",
     "deepspeed": "engine=deepspeed",
     "deepspeed_config": "engine=deepspeed, its keys written out",

@@ -32,6 +32,8 @@ MOST_SCALING = 4.0
 """The steps' pace stretches or shrinks what was measured by at most this factor."""
 MOST_CORRECTION = 3.0
 """Evaluations shrink what was measured before the first step by at most this factor."""
+MOST_GROWTH = 2.0
+"""A guess that was never measured grows with the steps' seconds by at most this factor."""
 MOST_KEPT = 2.0
 """For what can be made smaller no more than this many times the plan's guess is kept."""
 
@@ -108,7 +110,7 @@ class Durations:
     def _expected(self, kind: str, choose: Callable[[list[float]], float]) -> float:
         known = self.measured.get(kind)
         if not known:
-            slower = max(1.0, self._now(Measured(1.0)))
+            slower = min(max(1.0, self._now(Measured(1.0))), MOST_GROWTH)
             return self.guess.get(kind, 0.0) * slower * (1 + UNKNOWN_MARGIN)
         size = choose([one.size for one in known])
         start = self._start_correction() if known[-1].pace is None else 1.0

@@ -29,7 +29,7 @@ adapter: {name: lora, r: 4}
 optimizer: {name: adamw, learning_rate: 1.0e-2}
 train: {batch_tokens: 128}
 eval: {samples: 0}
-checkpoint: {every: 2, keep_best: false}
+checkpoint: {every: 2, keep_best: false, in_memory: false}
 output_dir: run
 """
 PAIR = {"prompt": "a bee has", "completion": "five eyes"}

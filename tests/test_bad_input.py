@@ -51,4 +51,4 @@ def test_the_page_shows_every_case() -> None:
 def test_names_are_unique_and_all_exit_codes_of_mistakes_appear() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= 45
     assert {case.code for case in CASES} == {0, 2, 3, 4}
-    assert len(GROUPS) == 5
+    assert len(GROUPS) == 7

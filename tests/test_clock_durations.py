@@ -125,8 +125,10 @@ def test_what_was_never_measured_grows_with_the_steps_and_does_not_shrink():
     durations = Durations({"export": 2.0})
     durations.set_pace(0.02)
     assert durations.expected("export") == pytest.approx(2.0 * 1.05)
-    durations.set_pace(0.06)
-    assert durations.expected("export") == pytest.approx(2.0 * 3.0 / 1.05 * 1.05)
+    durations.set_pace(0.025)
+    assert durations.expected("export") == pytest.approx(2.0 * 1.25 / 1.05 * 1.05)
+    durations.set_pace(0.08)
+    assert durations.expected("export") == pytest.approx(2.0 * 2.0 * 1.05)
     durations.set_pace(0.01)
     assert durations.expected("export") == pytest.approx(2.0 * 1.05)
 

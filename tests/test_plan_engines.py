@@ -298,9 +298,9 @@ def test_processes_on_a_cpu_share_one_memory() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_real_processes_hold_what_the_plan_says(tmp_path: Path, processes: int) -> None:
+def test_real_processes_hold_what_the_plan_says(tmp_path: Path) -> None:
     """Tensors alive before a step, beside those before the engine began, against the parts."""
+    processes = 2
     model = tiny.model_folder(tmp_path / "model", layers=8)
     data = tiny.chats(tmp_path / "chats.jsonl")
     for name, engine in (

@@ -23,6 +23,7 @@ from shoestring.train.run import build
 from shoestring.train.rundir import RunDir
 from shoestring.train.screen import Screen
 from shoestring.train.signals import stop_on_signals
+from shoestring.train.snapshots import Snapshots
 
 
 @pytest.fixture
@@ -32,9 +33,9 @@ def run(tmp_path: Path) -> Any:
         stop = stack.enter_context(stop_on_signals())
         directory = RunDir(resolved.recipe.output_dir)
         stack.enter_context(directory.lock())
-        yield build(
-            resolved, Accelerator(cpu=True), directory, Screen(active=False), stop, started=time.monotonic()
-        )
+        none = Snapshots(None, None, print, early=False)
+        screen = Screen(active=False)
+        yield build(resolved, Accelerator(cpu=True), directory, screen, stop, none, started=time.monotonic())
 
 
 def test_a_rehearsal_tries_the_worst_step_and_leaves_no_trace(

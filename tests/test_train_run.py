@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int, code: int) -> None:
-    recipe = tiny.recipe(tmp_path, budget={"steps": 400}, checkpoint={"every": 1000}, eval={"samples": 0})
+    recipe = tiny.recipe(tmp_path, budget={"steps": 150}, checkpoint={"every": 1000}, eval={"samples": 0})
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(recipe, f"output_dir={whole}") == 0
     process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL)

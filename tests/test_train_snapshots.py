@@ -15,6 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from shoestring.checkpoint import Snapshotter
 from shoestring.recipes.errors import UserError
 from shoestring.train import loop
 from shoestring.train.run import train_recipe
@@ -175,7 +176,22 @@ def test_a_directory_made_anew_has_nothing_to_go_on_from(tmp_path: Path) -> None
     assert result(tmp_path / "cut")[2] is None
 
 
+def test_a_snapshot_that_fails_is_told_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise UserError("Snapshots in memory need 3 GB and 1 GB is free.")
+
+    monkeypatch.setattr(Snapshotter, "begin", refused)
+    assert train(recipe(tmp_path / "run")) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("no more snapshots in memory: Snapshots in memory need 3 GB") == 1
+    assert (tmp_path / "run" / "run" / f"checkpoint-{STEPS:06d}").is_dir()
+
+
 def test_snapshots_are_refused_where_there_can_be_none(tmp_path: Path) -> None:
     path = recipe(tmp_path / "disk", adapter=None, offload={"optimizer": "disk"})
-    with pytest.raises(UserError, match=r"checkpoint\.in_memory  true was given, but state is on the disk"):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.in_memory  true was given, but state is kept elsewhere"
+    ):
         train(path)

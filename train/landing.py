@@ -105,6 +105,7 @@ def finish(run: Run, reason: str) -> Summary:
     """
     state = run.state
     run.clock.stop(reason)
+    run.snapshots.settle()
     run.screen.status("landing: last evaluation, checkpoint, export")
     _last_measurements(run)
     save_checkpoint(run)

@@ -159,7 +159,7 @@ def build(
     facts = read_facts(recipe.model)
     tokenizer = load_tokenizer(facts, recipe.model)
     legs = read_legs(run_dir.legs)
-    checkpoint = snapshots.newest(run_dir, screen.warn)
+    checkpoint = snapshots.newest(run_dir)
     plans = plan_stages(recipe, facts, tokenizer, accelerator, run_dir, checkpoint, started, screen)
     identity = run_identity(
         recipe.model_dump(mode="json"),

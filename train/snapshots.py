@@ -30,31 +30,33 @@ MOST_OFTEN = 1.0
 class Snapshots:
     """The snapshots of one run. Without a Snapshotter there are none, and nothing here does anything."""
 
-    def __init__(self, snapshotter: Snapshotter | None, every: Every | None, *, early: bool) -> None:
+    def __init__(
+        self,
+        snapshotter: Snapshotter | None,
+        every: Every | None,
+        warn: Callable[[str], None],
+        *,
+        early: bool,
+    ) -> None:
         """every: between two, None by what one costs. early: whether steps are made inside the backward pass,
         so that weights change as soon as that begins.
         """
-        self._snapshotter, self._every, self._early = snapshotter, every, early
+        self._snapshotter, self._every, self._warn, self._early = snapshotter, every, warn, early
         self._cadence: Cadence | None = None
         self._waited = 0.0
 
-    @property
-    def on(self) -> bool:
-        """Whether snapshots are taken."""
-        return self._snapshotter is not None
-
-    def newest(self, run_dir: RunDir, warn: Callable[[str], None]) -> Saved | None:
+    def newest(self, run_dir: RunDir) -> Saved | None:
         """What the run goes on from: the newest whole checkpoint, or a snapshot of a later step.
 
         UserError: checkpoints are there, none is whole, and there is no snapshot either.
         """
         snapshot = None if self._snapshotter is None else self._snapshotter.newest()
         try:
-            found = newest(run_dir.path, warn) if run_dir.holds_run() else None
+            found = newest(run_dir.path, self._warn) if run_dir.holds_run() else None
         except UserError as error:
             if snapshot is None:
                 raise
-            warn(str(error).splitlines()[0] + " The snapshot in memory is used.")
+            self._warn(f"{str(error).splitlines()[0]}  The snapshot in memory is used")
             return snapshot
         return snapshot if snapshot is not None and (found is None or snapshot.step > found.step) else found
 
@@ -78,7 +80,7 @@ class Snapshots:
     def settle(self) -> None:
         """Return when weights and state may change."""
         if self._snapshotter is not None:
-            self._guarded(self._snapshotter.wait, lambda line: None)
+            self._guarded(self._snapshotter.wait)
 
     def take_if_due(self, run: Run) -> None:
         """After a step: begin the next one where it is time."""
@@ -86,8 +88,8 @@ class Snapshots:
         if self._snapshotter is not None and cadence is not None and run.clock.should_run(cadence):
             with run.clock.spent("snapshot"):
                 self._take(run, self._snapshotter)
-            if self._every is None:
-                cadence.every = Every(seconds=self._interval)
+            if self._every is None and self._snapshotter is not None:
+                cadence.every = Every(seconds=self._interval(self._snapshotter))
 
     def _take(self, run: Run, snapshotter: Snapshotter) -> None:
         began = time.perf_counter()
@@ -99,26 +101,24 @@ class Snapshots:
         config = adapter_config(run.engine.loss_module.model)
         if config is not None:
             json["adapter_config"] = config
-        self._guarded(lambda: snapshotter.begin(run.state.step, tensors=tensors, json=json), run.screen.warn)
+        self._guarded(lambda: snapshotter.begin(run.state.step, tensors=tensors, json=json))
         self._begun = time.perf_counter() - began
 
-    @property
-    def _interval(self) -> float:
+    def _interval(self, snapshotter: Snapshotter) -> float:
         """Seconds between two: what one costs is the time to begin it, what steps waited for it, and the
         processor's time that copying took from them.
         """
-        assert self._snapshotter is not None
-        before, self._waited = self._waited, self._snapshotter.waited_seconds
-        copying = self._snapshotter.copy_seconds / (os.cpu_count() or 1)
+        before, self._waited = self._waited, snapshotter.waited_seconds
+        copying = snapshotter.copy_seconds / (os.cpu_count() or 1)
         cost = max(1e-4, self._begun + self._waited - before + copying)
         return snapshot_interval(cost, BETWEEN_DEATHS, at_least=MOST_OFTEN)
 
-    def _guarded(self, call: Callable[[], object], warn: Callable[[str], None]) -> None:
+    def _guarded(self, call: Callable[[], object]) -> None:
         """What goes wrong with snapshots does not stop the training: the checkpoints on the disk go on."""
         try:
             call()
         except (ShoestringError, OSError) as error:
-            warn(f"no more snapshots in memory: {error}")
+            self._warn(f"no more snapshots in memory: {error}")
             self.leave()
 
     def __enter__(self) -> Self:
@@ -158,4 +158,4 @@ def open_snapshots(recipe: Recipe, run_dir: RunDir, processes: int, warn: Callab
         raise UserError(in_columns([("checkpoint.in_memory", what)]))
     wanted = config.in_memory is not False and reason is None
     snapshotter = Snapshotter(run_dir.path, warn=warn) if wanted else None
-    return Snapshots(snapshotter, config.snapshot_every, early=early)
+    return Snapshots(snapshotter, config.snapshot_every, warn, early=early)

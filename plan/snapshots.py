@@ -22,7 +22,7 @@ def why_no_snapshots(recipe: Recipe, processes: int) -> str | None:
         return f"engine={recipe.engine.name} holds its state in shards"
     if processes > 1:
         return f"{processes} processes train, and snapshots are of one"
-    if recipe.offload.optimizer == "disk" or recipe.offload.weights != "device":
+    if "disk" in (recipe.offload.optimizer, recipe.offload.weights):
         return AWAY
     return None
 
@@ -35,7 +35,7 @@ def snapshot_bytes(recipe: Recipe, sizes: Sizes, chosen: Candidate, limits: Limi
     wanted = recipe.checkpoint.in_memory
     if wanted is False or why_no_snapshots(recipe, processes) is not None:
         return 0
-    if chosen.tier != "device":
+    if chosen.tier != "device" or sizes.weights_tier != "device":
         if wanted:
             raise BudgetError(in_columns([("checkpoint.in_memory", f"true was given, but {AWAY}")]))
         return 0

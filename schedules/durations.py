@@ -35,7 +35,7 @@ MOST_CORRECTION = 3.0
 MOST_GROWTH = 2.0
 """A guess that was never measured grows with the steps' seconds by at most this factor."""
 MOST_KEPT = 2.0
-"""For what can be made smaller no more than this many times the plan's guess is kept."""
+"""For what can be made smaller no more than this many times its usual seconds are kept."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,18 @@ class Durations:
     def expected(self, kind: str) -> float:
         """Seconds kept for the one that belongs to the landing, which is as large as the largest so far.
 
-        One that can be made smaller, and now takes much longer than the plan guessed, gets no more than
-        MOST_KEPT times the guess, or what its least size takes: a machine that became slow must not give all
-        that is left of a short budget to an evaluation.
+        One that can be made smaller, and now takes much longer than it did, gets no more than MOST_KEPT times
+        the guess or the quickest so far, or what its least size takes: a machine that became slow must not
+        give all that is left of a short budget to an evaluation.
         """
         whole = self.unhurried(kind)
         if kind not in self.least:
             return whole
         least = self._expected(kind, lambda _: self.least[kind])
-        return min(whole, max(MOST_KEPT * self.guess.get(kind, 0.0), least))
+        known = self.measured.get(kind, [])
+        largest = max((one.size for one in known), default=0.0)
+        quickest = min((one.seconds for one in known), default=0.0) * largest
+        return min(whole, max(MOST_KEPT * max(self.guess.get(kind, 0.0), quickest), least))
 
     def unhurried(self, kind: str) -> float:
         """Seconds of the one that belongs to the landing, however long that is."""

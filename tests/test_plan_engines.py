@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -297,7 +296,6 @@ def test_processes_on_a_cpu_share_one_memory() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_real_processes_hold_what_the_plan_says(tmp_path: Path) -> None:
     """Tensors alive before a step, beside those before the engine began, against the parts."""
     processes = 2

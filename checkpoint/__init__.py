@@ -13,19 +13,27 @@ if TYPE_CHECKING:
     from .identity import check_identity, differences, run_identity
     from .interval import snapshot_interval
     from .keeper_settings import KeeperSettings
+    from .pieces import Piece
     from .reading import Checkpoint, name_of, newest, open_checkpoint
     from .retention import best, prune, set_best
+    from .sharded_reading import ShardedSnapshot, newest_sharded
+    from .sharded_snapshot import ShardedSnapshotter
     from .snapshot import Snapshotter
     from .snapshot_reading import Snapshot
     from .state import load_optimizer_state, optimizer_state
     from .store import save
+    from .trainer_callback import SnapshotCallback
 
 __all__ = [
     "BrokenCheckpoint",
     "Checkpoint",
     "CheckpointFacts",
     "KeeperSettings",
+    "Piece",
+    "ShardedSnapshot",
+    "ShardedSnapshotter",
     "Snapshot",
+    "SnapshotCallback",
     "Snapshotter",
     "best",
     "check_identity",
@@ -34,6 +42,7 @@ __all__ = [
     "load_optimizer_state",
     "name_of",
     "newest",
+    "newest_sharded",
     "open_checkpoint",
     "optimizer_state",
     "prune",
@@ -50,7 +59,11 @@ _HOMES = {
     "Checkpoint": "reading",
     "CheckpointFacts": "describe",
     "KeeperSettings": "keeper_settings",
+    "Piece": "pieces",
+    "ShardedSnapshot": "sharded_reading",
+    "ShardedSnapshotter": "sharded_snapshot",
     "Snapshot": "snapshot_reading",
+    "SnapshotCallback": "trainer_callback",
     "Snapshotter": "snapshot",
     "best": "retention",
     "check_identity": "identity",
@@ -59,6 +72,7 @@ _HOMES = {
     "load_optimizer_state": "state",
     "name_of": "reading",
     "newest": "reading",
+    "newest_sharded": "sharded_reading",
     "open_checkpoint": "reading",
     "optimizer_state": "state",
     "prune": "retention",

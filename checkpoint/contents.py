@@ -18,7 +18,7 @@ from . import strict_json
 from .errors import BrokenCheckpoint
 from .memory import Memory
 from .slot_writer import PIECE, SlotWriter
-from .slots import CHUNK, chunks
+from .slots import ALIGN, CHUNK, chunks
 from .store import part_name
 from .tensors import encode_header, ordered_names, tensor_chunks
 
@@ -40,6 +40,11 @@ class Contents:
         for name, group in self.groups.items():
             sizes[name] = len(self.headers[name]) + sum(tensor.nbytes for tensor in group.values())
         return sizes
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all files as they lie in a slot."""
+        return sum(-(-count // ALIGN) * ALIGN for count in self.sizes.values())
 
 
 def contents(

@@ -95,6 +95,11 @@ class Keeper:
             message, fd = receive(connection)
             if fd is not None:
                 os.close(fd)
+            if message.kind is Kind.LOOK:
+                self._look_at_home()
+                send(connection, Message(Kind.WELCOME), self._memory.fd if self._memory else None)
+                connection.close()
+                return
             if message.kind is not Kind.HELLO:
                 raise Garbled(f"{message.kind.name} before HELLO")
             if self._trainer is not None and not _is_dead(self._trainer[2]):

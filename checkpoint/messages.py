@@ -30,6 +30,7 @@ class Kind(IntEnum):
     STATUS = 8  # keeper: as WELCOME, without a descriptor
     FORGET = 9  # trainer: the memory is worth nothing
     GOODBYE = 10  # trainer: finished, nothing is to be kept
+    LOOK = 11  # somebody who only reads, first: answered by WELCOME, then the connection is closed
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,22 @@ class SlotWriter:
         self._at("file")
 
     @property
+    def files(self) -> dict[str, Extent]:
+        """Where each file is that was begun."""
+        return dict(self._files)
+
+    @property
+    def data(self) -> memoryview:
+        """What was written so far."""
+        return self._slot[PAGE : PAGE + self._position]
+
+    @property
+    def digests(self) -> bytes:
+        """Checksums of what was written so far, of each chunk; of the last one as far as it goes."""
+        rest = self._state.digest() if self._position % CHUNK else b""
+        return bytes(self._digests) + rest
+
+    @property
     def until_piece(self) -> int:
         """Bytes to copy at once, so that they are in the cache when they are checksummed; then PIECE each."""
         return PIECE - self._position % PIECE

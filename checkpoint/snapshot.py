@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ..recipes.errors import UserError
 from .contents import (
@@ -49,12 +49,30 @@ _PUBLISHING = 0.05  # seconds
 
 
 @dataclass(frozen=True)
-class _Job:
+class Prepared:
+    """A snapshot that has its slot; begun by `Snapshotter.start`, or given up by `abandon`."""
+
     step: int
     what: Contents
     memory: Memory
     index: int
     claim: ExitStack
+
+    def abandon(self) -> None:
+        """Give the slot back."""
+        self.claim.close()
+
+
+class Finish(Protocol):
+    """What is added to a snapshot when its tensors are copied, in the background, before it counts."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file, at most."""
+        ...
+
+    def write(self, writer: SlotWriter) -> None:
+        """Add the files."""
+        ...
 
 
 class Snapshotter:
@@ -76,13 +94,15 @@ class Snapshotter:
         settings: KeeperSettings | None = None,
         warn: Callable[[str], None] = print,
         room: Callable[[], Room] = free_memory,
+        finish: Finish | None = None,
         at: Callable[[str], None] = nothing,
     ) -> None:
         """Finds or starts the keeper. Memory is taken by `reserve`, or by the first `begin`.
 
         slots: two are enough to be safe; with a third one, snapshots go on while one is written to the disk.
         constant: parts as in `begin` that never change: stored once, known again by their checksum.
-        room: tells how much memory is free. at: told each point of the protocol (slot_writer.POINTS).
+        room: tells how much memory is free. finish: adds to each snapshot.
+        at: told each point of the protocol (slot_writer.POINTS).
         UserError: another trainer is at work in this directory, or no keeper can be started.
         """
         if not 2 <= slots <= MOST_SLOTS:
@@ -93,6 +113,7 @@ class Snapshotter:
         self.taken = self.skipped = 0
         self.copy_seconds = self.waited_seconds = 0.0
         self._slots, self._room, self._warn, self._at = slots, room, warn, at
+        self._finish = finish
         self._constant = contents(constant or {}, {})
         self._constant_identity = ""
         self._copier = Copier()
@@ -103,7 +124,7 @@ class Snapshotter:
         if self._memory is not None:
             self._generation = max((header.generation for header in self._memory.headers()), default=0)
         self._fits_constant = False
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Prepared | None] = queue.SimpleQueue()
         self._copied, self._done = threading.Event(), threading.Event()
         self._copied.set()
         self._done.set()
@@ -174,41 +195,59 @@ class Snapshotter:
         (further files by name, as PEFT's configuration) are taken now. Raises what went wrong with the one
         before, TypeError or ValueError for what cannot be stored, UserError where memory is short.
         """
-        self._raise_failure()
-        # One that is copied is about to be published: worth a moment.
-        if not self._done.wait(_PUBLISHING if self._copied.is_set() else 0.0):
-            self.skipped += 1
+        prepared = self.prepare(step, contents(tensors, json, files))
+        if prepared is None:
             return False
-        what = contents(tensors, json, files)
+        self.start(prepared)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether the one before is not published yet. One that is copied is about to be: worth a moment."""
+        return not self._done.wait(_PUBLISHING if self._copied.is_set() else 0.0)
+
+    def fits(self, what: Contents, *, most: int) -> bool:
+        """Whether there is memory for a snapshot of these files, none of whose data exceed `most` bytes."""
+        return self._memory is not None and what.data_bytes <= most
+
+    def prepare(self, step: int, what: Contents) -> Prepared | None:
+        """The first half of `begin`: a slot for the snapshot; None when it is skipped."""
+        self.raise_failure()
+        if self.busy:
+            self.skipped += 1
+            return None
         memory = self._reserve(what)
         claim = ExitStack()
         index = claim.enter_context(memory.claim())
         if index is None:
             claim.close()
             self.skipped += 1
-            return False
-        self._copier.mark(what)
+            return None
+        return Prepared(step, what, memory, index, claim)
+
+    def start(self, prepared: Prepared) -> None:
+        """The second half of `begin`."""
+        self._copier.mark(prepared.what)
         self._copied.clear()
         self._done.clear()
-        self._jobs.put(_Job(step, what, memory, index, claim))
-        return True
+        self._jobs.put(prepared)
 
     def wait(self) -> None:
         """Return when the tensors may change. Raises what went wrong with the copy."""
         began = time.perf_counter()
         self._copied.wait()
         self.waited_seconds += time.perf_counter() - began
-        self._raise_failure()
+        self.raise_failure()
 
     def flush(self) -> None:
         """Return when the snapshot that was begun is published. Raises what went wrong with it."""
         self._done.wait()
-        self._raise_failure()
+        self.raise_failure()
 
     def close(self) -> None:
         """The training has ended: the keeper ends, its memory is gone. Raises a failure not yet told."""
         self._end(self._keeping.goodbye)
-        self._raise_failure()
+        self.raise_failure()
 
     def leave(self) -> None:
         """Leave as if killed: the keeper writes the newest snapshot to the disk, keeps it for the lease."""
@@ -223,7 +262,8 @@ class Snapshotter:
             self._memory.close()
             self._memory = None
 
-    def _raise_failure(self) -> None:
+    def raise_failure(self) -> None:
+        """Raise, once, what went wrong in the background."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -231,7 +271,7 @@ class Snapshotter:
     # Memory
 
     def _reserve(self, what: Contents) -> Memory:
-        sizes = what.sizes
+        sizes = what.sizes | (dict(self._finish.sizes()) if self._finish is not None else {})
         needed = slot_bytes(sizes)
         if self._memory is not None and self._fits(self._memory, needed):
             return self._memory
@@ -283,12 +323,14 @@ class Snapshotter:
             self._done.set()
         return True
 
-    def _take(self, job: _Job) -> None:
+    def _take(self, job: Prepared) -> None:
         began = time.perf_counter()
         writer = SlotWriter(job.memory.view(), job.memory.geometry, job.index, self._at)
         write_contents(writer, job.what, self._copier)
         self._copied.set()
         self.copy_seconds = time.perf_counter() - began
+        if self._finish is not None:
+            self._finish.write(writer)
         generation = self._generation + 1
         header = writer.publish(generation=generation, step=job.step, constant=self._constant_identity)
         self._generation = generation

@@ -63,10 +63,7 @@ class Snapshot:
 
     def views(self, name: str) -> dict[str, Tensor]:
         """As `tensors`, not copied: windows on the slot, which is taken for as long as one of them lives."""
-        data = self.file(f"{name}.safetensors")
-        length = int.from_bytes(data[:8], "little")
-        places = decode_header(bytes(data[8 : 8 + length]), 8 + length)
-        return {key: _tensor(data, *place) for key, place in places.items()}
+        return views_in(self.file(f"{name}.safetensors"))
 
     def open_tensors(self, name: str) -> dict[str, MemoryTensor]:
         """As `tensors`, but each is copied when and as far as it is asked for."""
@@ -100,6 +97,13 @@ class MemoryTensor:
     def read(self, first: int, count: int) -> Tensor:
         """See Stored."""
         return self._view.reshape(-1)[first : first + count].clone()
+
+
+def views_in(data: memoryview) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory, as windows on it."""
+    length = int.from_bytes(data[:8], "little")
+    places = decode_header(bytes(data[8 : 8 + length]), 8 + length)
+    return {key: _tensor(data, *place) for key, place in places.items()}
 
 
 def newest_snapshot(memory: Memory, on_broken: Callable[[str], None]) -> Snapshot | None:

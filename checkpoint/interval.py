@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+BETWEEN_DEATHS = 6 * 3600.0
+"""Mean seconds between two deaths of a process (a crash, memory that runs out, a kill): an assumption."""
+MOST_OFTEN = 1.0
+"""Seconds between two snapshots at least, where the interval follows from their cost."""
+
 
 def snapshot_interval(
     cost_seconds: float, mean_time_between_failures: float, *, at_least: float = 0.0

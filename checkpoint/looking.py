@@ -17,8 +17,9 @@ PATIENCE = 10.0  # seconds for an answer
 def look(run_dir: Path, warn: Callable[[str], None]) -> Memory | None:
     """The memory that the keeper of `run_dir` holds, None where there is none.
 
-    For reading: lock a slot (`Memory.lock`, shared) while it is read, since its trainer may be at work. Closed,
-    it ends all locks that this process has on that memory: not in the trainer itself while it takes snapshots.
+    For reading: lock a slot (`Memory.lock`, shared) while it is read, since its trainer may be at work. When
+    it is closed, so are all locks that this process has on that memory: a trainer closes it before its own
+    snapshots begin.
     """
     try:
         connection = connect(run_dir, PATIENCE)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..recipes.errors import UserError
+from .control_group import GROUPS, cgroup_memory
 from .errors import format_bytes
 from .memory import Memory
 from .slots import Geometry
 
-_UNLIMITED = 1 << 60  # version 1 writes "no limit" as the largest multiple of a page below 2**63
 _MARGIN = 0.05  # of what is free, left for everything else
 
 
@@ -24,20 +23,15 @@ class Room:
     limited_by: str
 
 
-def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room:
+def free_memory(proc: Path = Path("/proc"), groups: Path = GROUPS) -> Room:
     """The least of MemAvailable and what each control group, up to the root, has left.
 
     Page cache that a group can drop at once (inactive_file) counts as free. Raises OSError without /proc.
     """
     room = Room(_mem_available(proc / "meminfo"), "the machine")
-    for folder in _folders(proc / "self" / "cgroup", groups):
-        limit = _first(folder, "memory.max", "memory.limit_in_bytes")
-        if limit is None or limit >= _UNLIMITED:
-            continue
-        used = _first(folder, "memory.current", "memory.usage_in_bytes") or 0
-        free = max(0, limit - max(0, used - _droppable(folder)))
-        if free < room.bytes:
-            room = Room(free, f"the control group {folder}")
+    group = cgroup_memory(groups, proc / "self" / "cgroup")
+    if group is not None and group.free < room.bytes:
+        room = Room(group.free, f"the control group {group.folder}")
     return room
 
 
@@ -76,37 +70,3 @@ def _mem_available(meminfo: Path) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{meminfo} has no MemAvailable")
-
-
-def _folders(membership: Path, groups: Path) -> Iterator[Path]:
-    """From this process's own groups up to the roots: version 2, and version 1's memory controller."""
-    for line in (_text(membership) or "").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = groups / "memory" if controllers else groups
-        # Inside a container the path named here may not exist below the mount: its root then is our group.
-        inside = Path(*(part for part in group.split("/") if part and part != ".."))
-        for part in (inside, *inside.parents):
-            yield root / part
-
-
-def _first(folder: Path, *names: str) -> int | None:
-    for name in names:
-        text = (_text(folder / name) or "").strip()
-        if text.isdigit():
-            return int(text)
-    return None
-
-
-def _droppable(folder: Path) -> int:
-    rows = dict(line.split(" ", 1) for line in (_text(folder / "memory.stat") or "").splitlines())
-    # Version 1 has both; there the second one counts the groups below, as the usage does.
-    return int(rows.get("total_inactive_file", rows.get("inactive_file", "0")))
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None  # not here: another version, or a container that hides it

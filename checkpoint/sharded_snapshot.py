@@ -69,6 +69,7 @@ class ShardedSnapshotter:
         self._parity = Parity(exchanging, self.rank, self.ranks) if several and parity else None
         self._session = int(self._ask(secrets.randbits(62))[0, 0])
         self._own: Snapshotter | None = None
+        self._failure: Exception | None = None
         folder = shard_folder(run_dir, self.rank, self.ranks)
         failure: Exception | None = None
         try:
@@ -123,10 +124,13 @@ class ShardedSnapshotter:
 
         Raises, in all processes, what went wrong in one of them.
         """
-        own, failure, state = self.own, None, _READY
+        own, state = self.own, _READY
+        failure, self._failure = self._failure, None
         what: Contents | None = None
         needed = 0
         try:
+            if failure is not None:
+                raise failure
             own.raise_failure()
             named = {"snapshot": f"{self._session:x}-{step}", "ranks": self.ranks, "pieces": describe(pieces)}
             tensors = {file: {name: p.data for name, p in group.items()} for file, group in pieces.items()}
@@ -165,8 +169,13 @@ class ShardedSnapshotter:
         return False
 
     def wait(self) -> None:
-        """Return when the tensors may change. Raises what went wrong with the copy."""
-        self.own.wait()
+        """Return when the tensors may change. What went wrong with the copy is raised by the next `begin`, in
+        all processes.
+        """
+        try:
+            self.own.wait()
+        except (ShoestringError, OSError) as error:
+            self._failure = error
 
     def flush(self) -> None:
         """Return when this process's part is published."""
@@ -190,7 +199,10 @@ class ShardedSnapshotter:
         if self._asking is None:
             return row
         rows = [torch.empty_like(row) for _ in range(self.ranks)]
-        dist.all_gather(rows, row, group=self._asking)
+        try:
+            dist.all_gather(rows, row, group=self._asking)
+        except RuntimeError as error:
+            raise ShoestringError(f"another process does not answer: {str(error).splitlines()[0]}") from error
         return torch.cat(rows)
 
     def _all(self, failure: Exception | None) -> None:

@@ -51,10 +51,10 @@ def optimizer_state(
             parameters[name] = {
                 "shape": list(parameter.shape),
                 "dtype": str(parameter.dtype),
-                "state": _encode(optimizer.state.get(parameter, {}), name, parameter, tensors, stored),
+                "state": encode_tree(optimizer.state.get(parameter, {}), name, parameter, tensors, stored),
             }
         values = {key: value for key, value in group.items() if key != "params"}
-        options = _encode(values, f"group {index}", None, tensors, stored)
+        options = encode_tree(values, f"group {index}", None, tensors, stored)
         groups.append({"parameters": members, "options": options})
     return tensors, {"optimizer": _class_name(optimizer), "groups": groups, "parameters": parameters}
 
@@ -89,14 +89,14 @@ def load_optimizer_state(
     for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
         for parameter in group["params"]:
             place = _placer(optimizer, parameter, tensors, placed)
-            state = _decode(json["parameters"][name_of[id(parameter)]]["state"], place)
+            state = decode_tree(json["parameters"][name_of[id(parameter)]]["state"], place)
             if isinstance(optimizer, OffloadedOptimizer):
                 optimizer.put_state(parameter, state)
             elif state:
                 optimizer.state[parameter] = state
             else:
                 optimizer.state.pop(parameter, None)
-        group.update(_decode(saved["options"], _option_placer(group, tensors)))
+        group.update(decode_tree(saved["options"], _option_placer(group, tensors)))
 
 
 def _check_members(index: int, saved: list[str], here: list[str]) -> None:
@@ -169,7 +169,7 @@ def _option_placer(
     return place
 
 
-def _encode(
+def encode_tree(
     value: Any,
     where: str,
     parameter: Tensor | None,
@@ -189,28 +189,31 @@ def _encode(
         return {"value": value}
     if type(value) in (list, tuple):
         items = [
-            _encode(item, f"{where}/{index}", parameter, tensors, stored) for index, item in enumerate(value)
+            encode_tree(item, f"{where}/{index}", parameter, tensors, stored)
+            for index, item in enumerate(value)
         ]
         return {type(value).__name__: items}
     if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
         pairs = [
-            [key, _encode(item, f"{where}/{key}", parameter, tensors, stored)] for key, item in value.items()
+            [key, encode_tree(item, f"{where}/{key}", parameter, tensors, stored)]
+            for key, item in value.items()
         ]
         return {"dict": pairs}
     raise TypeError(f"the optimizer's state {where} is a {type(value).__name__}: it cannot be saved")
 
 
-def _decode(
+def decode_tree(
     tree: Mapping[str, Any], place: Callable[[Mapping[str, Any], str], Tensor | Stored], key: str = ""
 ) -> Any:
+    """What `encode_tree` took apart; `place` gives the tensor of a leaf, which has the given key."""
     if "tensor" in tree:
         return place(tree, key)
     if "value" in tree:
         return tree["value"]
     if "dict" in tree:
-        return {name: _decode(item, place, str(name)) for name, item in tree["dict"]}
+        return {name: decode_tree(item, place, str(name)) for name, item in tree["dict"]}
     kind = tuple if "tuple" in tree else list
-    return kind(_decode(item, place, key) for item in tree[kind.__name__])
+    return kind(decode_tree(item, place, key) for item in tree[kind.__name__])
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:

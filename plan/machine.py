@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from .limits import cgroup_cores, cgroup_memory, existing_parent, usable_cores
+from ..checkpoint.control_group import cgroup_memory
+from .limits import cgroup_cores, existing_parent, usable_cores
 from .rates import Rates, measure_rates
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def probe(output_dir: str | Path, *, device: str | None = None) -> Machine:
     group = cgroup_memory()
     if group is not None and group.limit < total:
         total, source = group.limit, "control group"
-        available = min(available, group.limit - group.used)
+        available = min(available, group.free)
     folder = Path(output_dir)
     return Machine(
         device=device,

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from shoestring.checkpoint.control_group import GroupMemory, cgroup_memory
 from shoestring.plan import probe
-from shoestring.plan.limits import GroupMemory, cgroup_cores, cgroup_memory, existing_parent, usable_cores
+from shoestring.plan.limits import cgroup_cores, existing_parent, usable_cores
 from shoestring.plan.rates import measure_rates
 from shoestring.recipes.errors import UserError
 
@@ -31,7 +32,7 @@ def test_version_two_takes_the_tightest_limit_up_to_the_root(tmp_path: Path) -> 
         },
     )
     found = cgroup_memory(tmp_path / "fs", tmp_path / "membership")
-    assert found == GroupMemory(limit=4000, used=1500)
+    assert found == GroupMemory(4000, 1500, tmp_path / "fs" / "pod")
     assert cgroup_cores(tmp_path / "fs", tmp_path / "membership") == 1.5
 
 
@@ -49,7 +50,9 @@ def test_version_one(tmp_path: Path) -> None:
             "fs/cpu/cpu.cfs_period_us": "100000\n",
         },
     )
-    assert cgroup_memory(tmp_path / "fs", tmp_path / "membership") == GroupMemory(8000, 1000)
+    assert cgroup_memory(tmp_path / "fs", tmp_path / "membership") == GroupMemory(
+        8000, 1000, tmp_path / "fs/memory/box"
+    )
     assert cgroup_cores(tmp_path / "fs", tmp_path / "membership") == 0.5
 
 
@@ -58,7 +61,7 @@ def test_a_path_from_outside_the_container_falls_back_to_the_mounts_root(tmp_pat
         tmp_path,
         {"membership": "0::/../../host/abc\n", "fs/memory.max": "700\n", "fs/memory.current": "10\n"},
     )
-    assert cgroup_memory(tmp_path / "fs", tmp_path / "membership") == GroupMemory(700, 10)
+    assert cgroup_memory(tmp_path / "fs", tmp_path / "membership") == GroupMemory(700, 10, tmp_path / "fs")
 
 
 def test_no_limit_is_none(tmp_path: Path) -> None:

@@ -78,7 +78,11 @@ def test_parity_of_other_sizes_is_refused() -> None:
 def test_what_all_hold_alike_is_cut_into_equal_shares(ranks: int) -> None:
     torch.manual_seed(0)
     files = {
-        "trained": {"a": torch.randn(700, 321), "b": torch.randn(3, 5).bfloat16(), "empty": torch.zeros(0, 4)},
+        "trained": {
+            "a": torch.randn(700, 321),
+            "b": torch.randn(3, 5).bfloat16(),
+            "empty": torch.zeros(0, 4),
+        },
         "optimizer": {
             "a/step": torch.tensor(3.0),
             "a/exp_avg": torch.randn(700, 321),

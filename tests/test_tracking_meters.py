@@ -6,11 +6,10 @@ import gc
 import mmap
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from shoestring.train.meters import Memory, Power, cgroup_memory, gpu_uuids
+from shoestring.train.meters import Memory, Power, gpu_uuids
 
 BIG = 200_000_000
 
@@ -73,26 +72,6 @@ def test_no_gpu_no_figure() -> None:
     assert memory.peak_device_bytes is None
     assert set(memory.now()) == {"host_bytes", "device_bytes", "watts"}
     assert memory.now()["watts"] is None
-
-
-def cgroup(root: Path, used: str, limit: str) -> Path:
-    root.mkdir(parents=True)
-    names = (
-        ("memory.usage_in_bytes", "memory.limit_in_bytes")
-        if root.name == "memory"
-        else ("memory.current", "memory.max")
-    )
-    for name, text in zip(names, (used, limit), strict=True):
-        (root / name).write_text(text + "\n")
-    return root
-
-
-def test_the_containers_limit(tmp_path: Path) -> None:
-    assert cgroup_memory(cgroup(tmp_path / "two", "1000", "5000")) == (1000, 5000)
-    assert cgroup_memory(cgroup(tmp_path / "unlimited", "1000", "max")) is None
-    assert cgroup_memory(cgroup(tmp_path / "one" / "memory", "10", "50").parent) == (10, 50)
-    assert cgroup_memory(cgroup(tmp_path / "one-free" / "memory", "10", "9223372036854771712").parent) is None
-    assert cgroup_memory(tmp_path / "nothing") is None
 
 
 def test_power_is_energy_over_time(monkeypatch: pytest.MonkeyPatch) -> None:

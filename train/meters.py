@@ -94,44 +94,6 @@ def high_water_mark() -> int | None:
     return None
 
 
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """(bytes in use, limit) of the container that we live in; None without a limit. Versions 1 and 2."""
-    own = _own_cgroups()
-    candidates = [
-        (root / own.get("", "").lstrip("/"), "memory.current", "memory.max"),
-        (root, "memory.current", "memory.max"),
-        (
-            root / "memory" / own.get("memory", "").lstrip("/"),
-            "memory.usage_in_bytes",
-            "memory.limit_in_bytes",
-        ),
-        (root / "memory", "memory.usage_in_bytes", "memory.limit_in_bytes"),
-    ]
-    for folder, usage, limit in candidates:
-        try:
-            used, most = (folder / usage).read_text().strip(), (folder / limit).read_text().strip()
-        except OSError:
-            continue
-        if most == "max" or int(most) >= 1 << 60:  # version 1 writes "no limit" as a huge number
-            return None
-        return int(used), int(most)
-    return None
-
-
-def _own_cgroups() -> dict[str, str]:
-    """Controller -> path of this process's group; "" is version 2's single tree."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return {}
-    found = {}
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        for controller in controllers.split(","):
-            found[controller] = path
-    return found
-
-
 class Power:
     """Mean power between readings of an energy meter."""
 

@@ -48,7 +48,8 @@ class DirectFile:
         except OSError as error:
             raise disk_error("create", path, 0, nbytes, error.errno or errno.EIO) from None
         try:
-            self._allocate()  # before O_DIRECT, under which a C library that writes zeros instead would fail
+            # Before O_DIRECT, under which a C library that writes zeros instead would fail.
+            self._allocate(self.fd, 0, self.nbytes)
             self._open_direct(flags)
             if self.direct:
                 self._probe()
@@ -85,11 +86,27 @@ class DirectFile:
             "memory. A local ext4 or XFS disk is better: offload.disk_path=PATH"
         )
 
-    def _allocate(self) -> None:
+    def _allocate(self, fd: int, offset: int, nbytes: int) -> None:
         try:
-            os.posix_fallocate(self.fd, 0, self.nbytes)
+            os.posix_fallocate(fd, offset, nbytes)
         except OSError as error:
-            raise disk_error("allocate", self.path, 0, self.nbytes, error.errno or errno.EIO) from None
+            raise disk_error("allocate", self.path, offset, nbytes, error.errno or errno.EIO) from None
+
+    def grow(self, nbytes: int) -> None:
+        """Make it nbytes long (rounded up to 4,096), the further blocks allocated too.
+
+        OffloadError: there is no room; then it is as it was.
+        """
+        longer = -(-nbytes // PAGE) * PAGE
+        plain = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)  # see above
+        try:
+            self._allocate(plain, self.nbytes, longer - self.nbytes)
+        except BaseException:
+            os.ftruncate(plain, self.nbytes)
+            raise
+        finally:
+            os.close(plain)
+        self.nbytes = longer
 
     def _probe(self) -> None:
         """Write and read one block: some file systems take the flag and refuse the transfer."""

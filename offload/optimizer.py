@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .holder import Holder
 from .lift import Lift
-from .ring import Holder
 from .segments import Field, Piece, Segment
+from .shadow import Part, Shadow
 from .steppers import Stepper
 from .stored import Stored, whole
 
@@ -21,10 +22,10 @@ from .stored import Stored, whole
 class OffloadedOptimizer(torch.optim.Optimizer):
     """`inner`, with its state in `segments` that `holder` gives for use.
 
-    Made by `offload_optimizer`. lift: where the weights are on an accelerator. The groups are those of
-    `inner`, the very same objects. `state` has tensors where they are small and `Stored` ones otherwise;
-    `state_dict` brings all into memory, as torch's users expect, and checkpoints read and write ranges
-    instead (`put_state`).
+    Made by `offload_optimizer`. lift: where the weights are on an accelerator. shadow: of state on disk that
+    is to have snapshots. The groups are those of `inner`, the very same objects. `state` has tensors where
+    they are small and `Stored` ones otherwise; `state_dict` brings all into memory, as torch's users expect,
+    and checkpoints read and write ranges instead (`put_state`).
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         holder: Holder,
         close: Callable[[], None],
         lift: Lift | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self.inner = inner
+        self.inner, self.shadow = inner, shadow
         self._stepper, self._segments, self._holder, self._close = stepper, segments, holder, close
         self._lift = lift
         self._pieces: dict[Tensor, list[tuple[int, Piece]]] = defaultdict(list)
@@ -267,6 +269,12 @@ class _Parts:
             with self._holder.using(index, changes=False, expected=False) as buffer:
                 target.copy_(field.view(buffer).view(-1)[part])
         return result
+
+    def places(self) -> list[Part] | None:
+        """See `shadow.Cut`."""
+        parts = [(index, field.offset, field.first or 0, field.numel) for index, _, field in self._parts]
+        found = [(i, offset, first, numel) for i, offset, first, numel in parts if offset is not None]
+        return found if len(found) == len(parts) else None
 
 
 def _range(value: Tensor | Stored, field: Field) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .arena import Arena
 from .direct_file import DirectFile
+from .holder import Holder, Resident
 from .lift import Lift, Where
 from .optimizer import OffloadedOptimizer
-from .ring import Holder, Resident, Ring
+from .ring import Ring
 from .scratch import open_scratch, require_space
 from .segments import cut_into_segments
+from .shadow import Shadow
 from .steppers import stepper_for
 from .transfers import open_transfers
 
@@ -34,12 +36,14 @@ def offload_optimizer(
     pin_memory: bool | None = None,
     numa_policy: Literal["default", "local", "interleave"] = "default",
     update: Where = "host",
+    snapshots: bool = False,
 ) -> tuple[OffloadedOptimizer, list[str]]:
     """The optimizer with its state on `tier`, and lines that say how; its `close` removes the scratch file.
 
     folder: of the scratch file, for "disk". buffer_size: bytes of a segment, more where a tensor that cannot
-    be cut needs it. update: where, for weights on an accelerator; see lift.py. State that the optimizer has
-    already is moved.
+    be cut needs it. update: where, for weights on an accelerator; see lift.py. snapshots: whether state on
+    disk is to have any, see shadow.py; the first one doubles the file. State that the optimizer has already
+    is moved.
 
     Raises TypeError for an optimizer that cannot be stepped piece by piece; UserError where there is no room,
     OffloadError where the disk fails.
@@ -56,6 +60,7 @@ def offload_optimizer(
     lift = None if device.type == "cpu" else Lift(stepper, device, update)
     line = f"optimizer state on {tier}: {total / 1e6:,.0f} MB in {len(segments)} segments"
     holder: Holder
+    shadow: Shadow | None = None
     with ExitStack() as undo:
         if tier == "host":
             arena = Arena(total, pin=pin, numa_policy=numa_policy)
@@ -69,20 +74,22 @@ def offload_optimizer(
             scratch = open_scratch(folder)
             undo.callback(scratch.close)
             file = DirectFile(scratch.path / "optimizer", total)
-            undo.callback(file.close)
+            undo.callback(lambda: file.close(remove=not scratch.kept))
             transfers, how = open_transfers(file, io=io, threads=io_threads)
             undo.callback(transfers.close)
             largest = max(segment.nbytes for segment in segments)
             count = max(LEAST_BUFFERS, min(buffer_count, len(segments)))
             arena = Arena(count * largest, pin=pin, numa_policy=numa_policy)
             undo.callback(arena.close)
-            holder = Ring(segments, [arena.take(largest) for _ in range(count)], transfers)
+            memory = [arena.take(largest) for _ in range(count)]
+            holder = Ring(segments, memory, transfers, (lambda: file.grow(2 * total)) if snapshots else None)
+            shadow = Shadow(holder, file, scratch) if snapshots else None
             line += f", {count} buffers of {largest / 1e6:,.1f} MB; {how}"
             lines = [line, *file.lines, *arena.lines]
         close = undo.pop_all().close
     state = dict(optimizer.state)
     optimizer.state.clear()
-    offloaded = OffloadedOptimizer(optimizer, stepper, segments, holder, close, lift)
+    offloaded = OffloadedOptimizer(optimizer, stepper, segments, holder, close, lift, shadow)
     for parameter, values in state.items():
         assert isinstance(parameter, Tensor)
         offloaded.put_state(parameter, values)

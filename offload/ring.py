@@ -10,76 +10,21 @@ the others stream through the rest of the buffers.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from .errors import OffloadError
-from .segments import STAMP, Segment
+from .frozen import Extent, Frozen
+from .places import Places
+from .segments import Segment
+from .stamps import checksum, stamp, wrong_stamp
 from .transfers import Transfers
 
 _FREE = -1
 _NEVER = 1 << 62
-
-
-class Holder(Protocol):
-    """What gives the bytes of segments for use: `Ring`, or `Resident` where all are in memory."""
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        """Bytes read from the disk and written to it so far."""
-        ...
-
-    def expect(self, uses: Sequence[int], following: Sequence[int], *, same_way: bool = False) -> None:
-        """Segments of the pass that begins, in the order of their uses, and of the pass after it.
-
-        same_way: whether all passes go the same way.
-        """
-        ...
-
-    def using(self, index: int, *, changes: bool, expected: bool = True) -> AbstractContextManager[Tensor]:
-        """Inside, the bytes (uint8) of a segment in memory; changed ones are kept.
-
-        expected: whether the use is one of those that `expect` told. OffloadError: the disk failed, now or
-        before.
-        """
-        ...
-
-    def wait(self) -> None:
-        """Until nothing is read or written any more. OffloadError: the disk failed."""
-        ...
-
-    def close(self) -> None:
-        """Let go; what is in memory is lost."""
-        ...
-
-
-class Resident:
-    """All segments in one piece of memory, each at its offset."""
-
-    traffic = (0, 0)
-
-    def __init__(self, segments: Sequence[Segment], memory: Tensor) -> None:
-        self._segments, self._memory = segments, memory
-
-    def expect(self, uses: Sequence[int], following: Sequence[int], *, same_way: bool = False) -> None:
-        """See Holder."""
-
-    @contextmanager
-    def using(self, index: int, *, changes: bool, expected: bool = True) -> Iterator[Tensor]:
-        """See Holder."""
-        segment = self._segments[index]
-        yield self._memory[segment.offset : segment.offset + segment.nbytes]
-
-    def wait(self) -> None:
-        """See Holder."""
-
-    def close(self) -> None:
-        """See Holder."""
 
 
 class _Buffer:
@@ -98,10 +43,17 @@ class _Buffer:
 class Ring:
     """Segments in `buffers` (uint8 tensors, each as large as the largest segment), the rest in a file.
 
-    One thread uses it; others of its own read and write.
+    One thread uses it; others of its own read and write. grow: makes the file twice as long, so that the
+    state can be frozen; called by the first `freeze`. Without it there are no checksums.
     """
 
-    def __init__(self, segments: Sequence[Segment], buffers: Sequence[Tensor], transfers: Transfers) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        buffers: Sequence[Tensor],
+        transfers: Transfers,
+        grow: Callable[[], None] | None = None,
+    ) -> None:
         largest = max((segment.nbytes for segment in segments), default=0)
         if len(buffers) < 3 or any(len(buffer) < largest for buffer in buffers):
             raise ValueError(f"a ring needs three buffers of {largest} bytes or more")
@@ -110,6 +62,9 @@ class Ring:
         self._at: dict[int, _Buffer] = {}
         self._writes: dict[int, Future[None]] = {}  # of segments that have left their buffer
         self._written = [0] * len(segments)
+        self._places = Places(segments)
+        self._grow, self._has_grown = grow, False
+        self._checksums: dict[int, Future[int]] = {}
         self._uses: list[int] = []  # this pass and the next one
         self._positions: dict[int, list[int]] = {}
         self._cursor = self._ahead = 0
@@ -159,6 +114,37 @@ class Ring:
             if buffer.loading is not None:
                 self._settle(buffer)
 
+    def freeze(self) -> Frozen:
+        """The state as of now: its places are not written until `release` was called after the next `freeze`.
+
+        What is changed in memory is written in the background. Before anything changes again, `release` or
+        `thaw` must be called. OffloadError: the file cannot grow, or the disk failed before.
+        """
+        self._raise()
+        if self._grow is None:
+            raise ValueError("state is frozen that was not made for it")
+        if not self._has_grown:
+            self._grow()
+            self._has_grown = True
+        for buffer in self._buffers:
+            if buffer.dirty:
+                self._settle(buffer)
+                buffer.dirty = False
+                buffer.loading = self._pool.submit(self._begin_write(buffer))
+        writes = [buffer.loading for buffer in self._buffers if buffer.loading is not None]
+        self._places.freeze()
+        return Frozen(
+            [self._extent(segment) for segment in self._segments], [*writes, *self._writes.values()]
+        )
+
+    def release(self) -> None:
+        """The snapshot of what is frozen is published: of the one before it nothing is needed any more."""
+        self._places.release()
+
+    def thaw(self) -> None:
+        """What is frozen gets no snapshot: the places of the one before stay as they are."""
+        self._places.thaw()
+
     def close(self) -> None:
         """See Holder."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -207,25 +193,23 @@ class Ring:
         """Write what is in `buffer` if it changed, then read segment `index` into it; in the background."""
         self._settle(buffer)
         old = buffer.segment
-        leaving = self._segments[old] if old != _FREE and buffer.dirty else None
+        write: Callable[[], None] | None = None
+        written: Future[None] = Future()
         if old != _FREE:
             del self._at[old]
-        if leaving is not None:
-            self._written[old] += 1
-            self._stamp(buffer.memory[: leaving.nbytes], old)
+            if buffer.dirty:
+                write = self._begin_write(buffer)
+                self._writes[old] = written
         new = self._segments[index]
-        written: Future[None] = Future()
-        if leaving is not None:
-            self._writes[old] = written
         before = self._writes.pop(index, None)
         buffer.segment, buffer.dirty = index, False
         self._at[index] = buffer
-        reads = self._written[index] > 0
+        reads, offset = self._written[index] > 0, self._places.of(index)
 
         def move() -> None:
             try:
-                if leaving is not None:
-                    self._transfers.write(leaving.offset, buffer.memory[: leaving.nbytes]).wait()
+                if write is not None:
+                    write()
                 written.set_result(None)
             except BaseException as error:
                 written.set_exception(error)
@@ -233,10 +217,35 @@ class Ring:
             if before is not None:
                 before.result()
             if reads:
-                self._transfers.read(new.offset, buffer.memory[: new.nbytes]).wait()
+                self._transfers.read(offset, buffer.memory[: new.nbytes]).wait()
                 self._check(buffer.memory[: new.nbytes], index)
 
         buffer.loading = self._pool.submit(move)
+
+    def _begin_write(self, buffer: _Buffer) -> Callable[[], None]:
+        """Stamp what is in `buffer` and give it a place; what is returned writes it, for another thread."""
+        index = buffer.segment
+        data = buffer.memory[: self._segments[index].nbytes]
+        offset = self._places.for_write(index)
+        self._written[index] += 1
+        stamp(data, index, self._written[index])
+        summed: Future[int] | None = None
+        if self._grow is not None:
+            summed = self._checksums[index] = Future()
+
+        def write() -> None:
+            if summed is not None:
+                summed.set_result(checksum(data))
+            self._transfers.write(offset, data).wait()
+
+        return write
+
+    def _extent(self, segment: Segment) -> Extent | None:
+        index = segment.index
+        if not self._written[index]:
+            return None
+        summed = self._checksums[index].result()  # at once: the first thing that a write does
+        return Extent(self._places.of(index), segment.nbytes, self._written[index], summed)
 
     def _settle(self, buffer: _Buffer) -> None:
         if buffer.loading is None:
@@ -253,17 +262,11 @@ class Ring:
         if self._error is not None:
             raise OffloadError(f"{self._error}\n  Resume from the last checkpoint.")
 
-    def _stamp(self, data: Tensor, index: int) -> None:
-        stamp = torch.tensor([index, self._written[index]], dtype=torch.int64)
-        for place in (data[:STAMP], data[-STAMP:]):
-            place[:16].view(torch.int64).copy_(stamp)
-
     def _check(self, data: Tensor, index: int) -> None:
-        wanted = [index, self._written[index]]
-        for place in (data[:STAMP], data[-STAMP:]):
-            found = place[:16].view(torch.int64).tolist()
-            if found != wanted:
-                raise OffloadError(
-                    f"offload: segment {index} of the optimizer's state came back as (segment, write) "
-                    f"{tuple(found)}, not {tuple(wanted)}: the disk returned other bytes than were written"
-                )
+        wanted = index, self._written[index]
+        found = wrong_stamp(data, *wanted)
+        if found is not None:
+            raise OffloadError(
+                f"offload: segment {index} of the optimizer's state came back as (segment, write) "
+                f"{found}, not {wanted}: the disk returned other bytes than were written"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
@@ -17,6 +18,7 @@ from .machine import Machine
 from .memory import Sizes
 from .offload import scratch_folder
 from .refusal import disk_too_small, gigabytes
+from .sizes import checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,23 @@ def scratch_bytes(sizes: Sizes) -> int:
     """Of the scratch files of one process."""
     state = sizes.moved.elsewhere if sizes.moved.tier == "disk" else 0
     return state + (sizes.streamed if sizes.weights_tier == "disk" else 0)
+
+
+def missing_for_second_places(recipe: Recipe, sizes: Sizes) -> int:
+    """Bytes that the disk lacks for state that has two places there, beside checkpoints and export.
+
+    0 where there is enough, or no state on disk.
+    """
+    if sizes.moved.tier != "disk":
+        return 0
+    needed = 2 * sizes.moved.elsewhere
+    own, output = existing_parent(scratch_folder(recipe)), existing_parent(Path(recipe.output_dir))
+    free = shutil.disk_usage(own).free
+    if os.stat(own).st_dev == os.stat(output).st_dev:
+        kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
+        needed += kept * checkpoint_bytes(sizes) + sizes.merged + sizes.exported + sizes.adapter
+        free = min(free, int(recipe.budget.disk or free))
+    return max(0, needed - free)
 
 
 def check_writes(recipe: Recipe, writes: Writes, *, batch_tokens: int, epoch_tokens: int) -> None:

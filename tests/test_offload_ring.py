@@ -14,8 +14,9 @@ import pytest
 import torch
 from shoestring.offload import offload_optimizer
 from shoestring.offload.errors import OffloadError
+from shoestring.offload.holder import Resident
 from shoestring.offload.model import step_traffic
-from shoestring.offload.ring import Resident, Ring
+from shoestring.offload.ring import Ring
 from shoestring.offload.segments import CUT, PAGE, STAMP, Segment, cut_into_segments
 from shoestring.optimizers import AdamW
 from torch import Tensor, nn

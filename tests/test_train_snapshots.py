@@ -81,7 +81,7 @@ def die_at(path: Path, step: int, *, with_keeper: bool) -> None:
 
 
 def keeper_of(run: Any) -> int:
-    pid: int = run.snapshots._snapshotter.keeper_pid
+    pid: int = run.snapshots._own.keeper_pid
     return pid
 
 
@@ -190,8 +190,6 @@ def test_a_snapshot_that_fails_is_told_and_the_run_goes_on(
 
 
 def test_snapshots_are_refused_where_there_can_be_none(tmp_path: Path) -> None:
-    path = recipe(tmp_path / "disk", adapter=None, offload={"optimizer": "disk"})
-    with pytest.raises(
-        UserError, match=r"checkpoint\.in_memory  true was given, but state is kept elsewhere"
-    ):
+    path = recipe(tmp_path / "disk", offload={"weights": "disk"})
+    with pytest.raises(UserError, match=r"checkpoint\.in_memory  true was given, but weights are streamed"):
         train(path)

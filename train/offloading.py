@@ -33,6 +33,7 @@ def place_state(
         pin_memory=keys.pin_memory,
         numa_policy=keys.numa_policy,
         update=keys.update,
+        snapshots=plan.snapshot_bytes > 0,
     )
 
 

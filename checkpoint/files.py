@@ -68,9 +68,15 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def hash_inside(folder: Path, name: str) -> FileFacts:
-    """Size and checksum of folder/name. BrokenCheckpoint when missing, no regular file, or behind a link."""
+def hash_inside(folder: Path, name: str, *, size: int) -> FileFacts:
+    """Size and checksum of folder/name. BrokenCheckpoint when missing, no regular file, or behind a link.
+
+    size: the bytes that it must have; of another size nothing is read, lest a hole of a terabyte be.
+    """
     with open_inside(folder, name) as fd:
+        found = os.fstat(fd).st_size
+        if found != size:
+            raise BrokenCheckpoint(f"{name} has {found:,} bytes, {size:,} were written")
         return _hash(fd)
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from . import strict_json
 from .errors import BrokenCheckpoint, NewerFormat
@@ -23,6 +23,7 @@ MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _LIMIT_BYTES = 16 << 20
 _LIMIT_FILES = 10_000
+_LIMIT_NUMBER = 10**40  # it is shown, and made a float; more than any size
 _END = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -70,16 +71,19 @@ def read_manifest(checkpoint: Path) -> Manifest:
     version = content.get("format")
     if type(version) is not int:
         raise BrokenCheckpoint(f"{MANIFEST} has no format version")
-    if version > FORMAT:
-        raise NewerFormat(
-            f"written by {content.get('writer')!s:.60} in format {version}, this version reads up to {FORMAT}"
-        )
     step, writer, saved_at, files = (content.get(key) for key in ("step", "writer", "saved_at", "files"))
-    if type(step) is not int or not isinstance(writer, str) or not isinstance(saved_at, (int, float)):
-        raise BrokenCheckpoint(f"{MANIFEST} lacks step, writer or saved_at")
+    if not isinstance(writer, str) or not writer.isprintable():  # it is shown on a terminal
+        raise BrokenCheckpoint(f"{MANIFEST} does not name its writer")
+    if FORMAT < version < _LIMIT_NUMBER:
+        raise NewerFormat(f"written by {writer:.60} in format {version}, this version reads up to {FORMAT}")
+    if version != FORMAT:
+        raise BrokenCheckpoint(f"{MANIFEST} has no format version")
+    saved_at = float(saved_at) if _is_number(saved_at) else saved_at
+    if not _is_number(step) or not isinstance(saved_at, float):
+        raise BrokenCheckpoint(f"{MANIFEST} lacks step or saved_at")
     if not isinstance(files, dict) or len(files) > _LIMIT_FILES:
         raise BrokenCheckpoint(f"{MANIFEST} must list at most {_LIMIT_FILES:,} files")
-    return Manifest(step, writer, float(saved_at), {name: _facts(name, files[name]) for name in files})
+    return Manifest(step, writer, saved_at, {name: _facts(name, files[name]) for name in files})
 
 
 def check_name(name: str) -> None:
@@ -87,10 +91,11 @@ def check_name(name: str) -> None:
     parts = name.split("/")
     if (
         not name
+        or not name.isprintable()  # nor half characters, nor what turns the direction of writing
         or len(name) > 500
         or name.split("/")[0] == MANIFEST
         or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-        or any(ord(character) < 32 or character in "\\:\x7f" for character in name)
+        or any(character in "\\:" for character in name)
     ):
         raise ValueError(f"{name[:80]!r} is not a name that a file in a checkpoint may have")
 
@@ -101,6 +106,11 @@ def _facts(name: str, value: Any) -> FileFacts:
     except ValueError as error:
         raise BrokenCheckpoint(f"{MANIFEST}: {error}") from None
     match value:
-        case {"bytes": int(size), "xxh3_128": str(checksum), **rest} if size >= 0 and not rest:
+        case {"bytes": size, "xxh3_128": str(checksum), **rest} if _is_number(size) and not rest:
             return FileFacts(size, checksum)
     raise BrokenCheckpoint(f"{MANIFEST}: the entry of {name} is not a size and a checksum")
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    """A whole number that a size or a step can be; JSON's may have thousands of digits."""
+    return type(value) is int and 0 <= value < _LIMIT_NUMBER

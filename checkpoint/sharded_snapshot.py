@@ -153,7 +153,7 @@ class ShardedSnapshotter:
         try:
             if self._parity is not None:
                 known = answers[:, 2]
-                if _SMALL in answers[:, 0] or len(known.unique()) > 1:
+                if _SMALL in answers[:, 0] or bool((known != known[0]).any()):
                     self._parity.most = int(answers[:, 1].max()) + _GROWTH
             prepared = own.prepare(step, what)
         except (ShoestringError, OSError) as error:

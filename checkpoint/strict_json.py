@@ -26,7 +26,9 @@ def dumps(value: Any, *, name: str) -> bytes:
 def loads(data: bytes, *, name: str) -> Any:
     """The value. BrokenCheckpoint when `data` is not what `dumps` writes."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_decode, parse_constant=_refuse)
+        return json.loads(
+            data.decode(), object_pairs_hook=_decode, parse_constant=_refuse, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{name} is not valid JSON: {error}") from None
 
@@ -56,10 +58,18 @@ def _decode(pairs: list[tuple[str, Any]]) -> Any:
         raise ValueError("a key appears twice in one object")
     if _FLOAT not in result:
         return result
-    if len(result) != 1 or result[_FLOAT] not in _NON_FINITE:
-        raise ValueError(f"{result} is not a float")
-    return _NON_FINITE[result[_FLOAT]]
+    word = result[_FLOAT]
+    if len(result) != 1 or not isinstance(word, str) or word not in _NON_FINITE:
+        raise ValueError(f"{_FLOAT} with {str(word)[:20]!r} is not a float")
+    return _NON_FINITE[word]
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise ValueError(f"{text[:20]} is no number that can be held")
+    return value

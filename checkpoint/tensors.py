@@ -9,6 +9,7 @@ Format: 8 bytes little-endian header length, JSON header, data without gaps
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..offload.stored import Stored, chunks
+from . import strict_json
 from .errors import BrokenCheckpoint
 from .files import open_inside
 
 _HEADER_LIMIT = 100_000_000  # the library's own bound
+_MOST_ELEMENTS = 2**59  # of eight bytes and more, their bytes still have a number
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -83,13 +86,23 @@ def check_header(checkpoint: Path, name: str) -> None:
     with open_inside(checkpoint, name) as fd:
         size = os.fstat(fd).st_size
         length = int.from_bytes(os.read(fd, 8), "little")
-    if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-        raise BrokenCheckpoint(f"{name} claims a header of {length:,} bytes in a file of {size:,}")
-    try:
-        with safe_open(checkpoint / name, framework="pt") as file:
-            file.keys()
-    except SafetensorError as error:
-        raise BrokenCheckpoint(f"{name} is not a safetensors file: {error}") from None
+        if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise BrokenCheckpoint(f"{name} claims a header of {length:,} bytes in a file of {size:,}")
+        try:
+            with safe_open(checkpoint / name, framework="pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise BrokenCheckpoint(f"{name} is not a safetensors file: {error}") from None
+        header = strict_json.loads(os.read(fd, length), name=f"the header of {name}")
+    # What the library lets pass: a tensor listed twice, types that we never write, and sizes beside a zero
+    # that no tensor can have.
+    for tensor, entry in header.items():
+        if tensor == "__metadata__":
+            continue
+        if entry["dtype"] not in _CODES.values():
+            raise BrokenCheckpoint(f"{name} holds {tensor[:80]!r} in an unknown type, {entry['dtype']}")
+        if math.prod(max(1, size) for size in entry["shape"]) > _MOST_ELEMENTS:
+            raise BrokenCheckpoint(f"{name} holds {tensor[:80]!r} in a shape that cannot be")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ the caller can count it; a file that cannot be read at all raises UserError.
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ MAX_LINE_BYTES = 64 << 20
 """A longer line is a broken file (one without newlines, or binary), not a sample."""
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character outside the first 65536, as JSON writes it
+_MOST_EXPANSION = 1000
+_LEAST_BOMB = 1 << 30
+"""A parquet file that says it unpacks to so many times its size, and to so many bytes, is refused."""
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
@@ -54,12 +59,16 @@ def read_jsonl(path: Path) -> Iterator[RawRow]:
             try:
                 text = line.decode("utf-8").strip()
                 if text:
-                    yield RawRow(where, json.loads(text))
+                    value = json.loads(text)
+                    problem = _surrogates(value) if _ESCAPED.search(text) else None
+                    yield RawRow(where, None if problem else value, problem)
             except UnicodeDecodeError as error:
                 yield RawRow(where, None, _not_utf8(line[error.start], error.start + 1))
             except json.JSONDecodeError as error:
                 detail = f"{error.msg} at column {error.colno}"
                 yield RawRow(where, None, RowProblem("are not valid JSON", detail))
+            except ValueError as error:  # a number of thousands of digits
+                yield RawRow(where, None, RowProblem("are not valid JSON", str(error).partition(";")[0]))
             except RecursionError:
                 yield RawRow(where, None, RowProblem("are not valid JSON", "nested too deeply"))
 
@@ -87,6 +96,8 @@ def read_json(path: Path) -> Iterator[RawRow]:
         raise UserError(
             f"{path}:{error.lineno}  is not valid JSON: {error.msg} at column {error.colno}"
         ) from None
+    except ValueError as error:
+        raise UserError(f"{path}  is not valid JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise UserError(f"{path}  is not valid JSON: nested too deeply") from None
     if isinstance(value, dict):
@@ -94,11 +105,13 @@ def read_json(path: Path) -> Iterator[RawRow]:
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
         raise UserError(f"{path}:1  holds a single {type(value).__name__}.   A list of objects is needed.")
+    escaped = _ESCAPED.search(text) is not None
     for number, row in enumerate(value, 1):
         is_turns = isinstance(row, list) and bool(row) and not isinstance(row[0], dict)
         if isinstance(row, list):
             row = {"messages": alternating(row) if is_turns else row}
-        yield RawRow(f"{path} row {number}", row)
+        problem = _surrogates(row) if escaped else None
+        yield RawRow(f"{path} row {number}", None if problem else row, problem)
 
 
 def read_csv(path: Path) -> Iterator[RawRow]:
@@ -146,11 +159,18 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+            unpacked = sum(group.total_byte_size for group in groups)
+            if unpacked > max(_LEAST_BOMB, _MOST_EXPANSION * path.stat().st_size):
+                raise UserError(
+                    f"{path}  has {path.stat().st_size:,} bytes and unpacks to {unpacked:,}: too many.\n"
+                    "  If it is yours, write its rows as .jsonl"
+                )
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRow(f"{path} row {number}", row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         after = f" after row {number}" if number else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -190,6 +210,17 @@ def _bounded_lines(file: Any, path: Path) -> Iterator[bytes]:
                 f"{path}:{number}  the line is above {MAX_LINE_BYTES >> 20} MiB.   Is this a text file?"
             )
         yield line
+
+
+def _surrogates(value: Any) -> RowProblem | None:
+    """The problem of a value with half a character in a text: no encoding can write it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return RowProblem(
+            "hold half a character", f"the lone surrogate \\u{ord(error.object[error.start]):04x}"
+        )
+    return None
 
 
 def _not_utf8(byte: int, column: int | None = None) -> RowProblem:

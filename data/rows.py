@@ -122,7 +122,7 @@ def map_rows(folder: Path, name: str, weights: tuple[float, ...]) -> TokenRows:
 
     def load(array: str) -> NDArray[Any]:
         path = folder / f"{name}-{array}.npy"
-        mapped: NDArray[Any] = np.load(path, mmap_mode="r")
+        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return mapped
 
     pairs = (folder / f"{name}-second.npy").exists()

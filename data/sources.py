@@ -70,6 +70,13 @@ def open_source(source: Source) -> Input:
     given = source.path
     if given.startswith("package:"):
         return Input(given, _package_files(given))
+    if "://" in given:
+        # Whatever stands before the @ may be a password, and messages end in logs.
+        shown = re.sub(r"(?<=://)[^/\s]*@", "***@", given.partition("?")[0])
+        raise UserError(
+            f"data: {shown} is a URL; rows are read from files, folders and hub data sets.\n"
+            "  Download it first, then give the file."
+        )
     path = Path(given).expanduser()
     if path.is_file():
         return Input(given, (_known(path),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..recipes.model_data import ModelConfig
 
 _SAMPLE_BYTES = 1 << 16
+_MOST_LAYERS = 10_000  # of modules built one by one; published models have up to some hundred
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def read_facts(model: ModelConfig) -> ModelFacts:
         if source.revision:
             fingerprint = hashlib.sha256(f"{source.name}@{source.revision}".encode()).hexdigest()[:32]
     _check_causal(source, config, model.trust_remote_code)
-    skeleton = build_skeleton(config, model.trust_remote_code)
+    try:
+        skeleton = build_skeleton(config, model.trust_remote_code)
+    except Exception as error:  # sizes that make no model, told by whichever layer is built first
+        raise _refused(source, error) from error
     return _describe(source, config, skeleton, fingerprint, model.trust_remote_code)
 
 
@@ -139,18 +143,19 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
 
     try:
         found = PretrainedConfig.get_config_dict(source.load_name, revision=source.revision)
-    except (OSError, ValueError) as error:
+        plain: dict[str, Any] = dict(found[0])
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{KEY}: config.json of {source.name} cannot be read: {str(error).splitlines()[0]}\n"
+            f"{KEY}: config.json of {source.name} cannot be read: {(str(error).splitlines() or ['?'])[0]}\n"
             "  The download or copy did not finish; fetch the model again."
         ) from error
-    plain: dict[str, Any] = found[0]
     kind = plain.get("model_type")
-    if kind not in CONFIG_MAPPING and not trust_remote_code:
+    _check_config(source, plain)
+    if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not trust_remote_code:
         if "auto_map" in plain:
             raise UserError(
                 f"{KEY}: {source.name} comes with its own Python code "
-                f"({plain['auto_map'].get('AutoConfig')}), which "
+                f"({_own_code(plain['auto_map'])}), which "
                 "would run on this machine.\n  If you trust it: model.trust_remote_code=true"
             )
         raise UserError(
@@ -158,11 +163,46 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
             "know.\n"
             "  pip install -U transformers, if the model is newer than it."
         )
-    with quiet_libraries():
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            source.load_name, revision=source.revision, trust_remote_code=trust_remote_code
-        )
+    try:
+        with quiet_libraries():
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source.load_name, revision=source.revision, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # each class checks its own keys, and raises what it likes
+        raise _refused(source, error) from error
     return config
+
+
+def _own_code(auto_map: Any) -> str:
+    """What a config.json, which may say anything there, calls its own class."""
+    return str(auto_map.get("AutoConfig") if isinstance(auto_map, dict) else auto_map)[:80]
+
+
+def _refused(source: Source, error: Exception) -> UserError:
+    words = (str(error).strip().splitlines() or [""])[0]
+    return UserError(
+        f"{KEY}: config.json of {source.name} is refused by transformers: {type(error).__name__}: "
+        f"{words[:200]}\n"
+        "  Fetch the model again; if it is newer than transformers: pip install -U transformers"
+    )
+
+
+def _check_config(source: Source, plain: Mapping[str, Any]) -> None:
+    """Refuse what a config.json must not decide: code from the hub, and models that no memory can hold."""
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        for key in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(part.get(key)):  # transformers would fetch this kernel from the hub and run it
+                raise UserError(
+                    f"{KEY}: config.json of {source.name} asks for the attention code {part[key]!r} of the "
+                    "hub, which would run on this machine.\n  Take the key out of that file"
+                )
+        for key in ("num_hidden_layers", "n_layer", "num_layers"):
+            layers = part.get(key)
+            if isinstance(layers, int) and layers > _MOST_LAYERS:
+                raise UserError(
+                    f"{KEY}: config.json of {source.name} says {key} {str(layers)[:20]}; at most "
+                    f"{_MOST_LAYERS:,} are built.\n  Is the file damaged?  Fetch the model again."
+                )
 
 
 def _check_causal(source: Source, config: PretrainedConfig, trust_remote_code: bool) -> None:

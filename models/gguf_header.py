@@ -116,7 +116,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
                 header = _parse(blob, path)
-        except (struct.error, KeyError, IndexError, OverflowError) as error:
+        except (struct.error, LookupError, ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise _truncated(path, "its header is not complete") from error
     return header
 
@@ -176,6 +176,8 @@ def tensor_bytes(entry: TensorEntry) -> int:
 
 
 def _check_complete(header: GGUFHeader, size: int) -> None:
+    if not header.tensors or header.table_span[1] > size:
+        raise _truncated(header.path, "it holds no tensors")
     for entry in header.tensors.values():
         end = header.data_offset + entry.offset + tensor_bytes(entry)
         if end > size:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..recipes.errors import UserError
+from .weight_files import KEY as KEY
+from .weight_files import check_weights, read_object
 
 if TYPE_CHECKING:
     from ..recipes.model_data import ModelConfig
-
-KEY = "model.model_name_or_path"
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,12 @@ def locate(model: ModelConfig) -> Source:
     name = model.model_name_or_path
     if name.startswith("package:"):
         return _in_package(name)
+    if "://" in name:
+        # Whatever stands before the @ may be a password, and messages end in logs.
+        shown = re.sub(r"(?<=://)[^/\s]*@", "***@", name.partition("?")[0])
+        raise UserError(
+            f"{KEY}: {shown} is a URL.\n  Give a hub id (OWNER/NAME), or download it and give the folder."
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return _in_folder(name, path)
@@ -97,6 +97,8 @@ def _in_package(name: str) -> Source:
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     found = sorted(path for folder in folders for path in folder.rglob("*.gguf"))
     if file:
+        if ".." in Path(file).parts or Path(file).is_absolute():
+            raise UserError(f"{KEY}: {name} leads out of the package.   Write package:{package}/FILE.gguf")
         chosen = [folder / file for folder in folders if (folder / file).is_file()]
         if not chosen:
             raise UserError(
@@ -123,10 +125,10 @@ def _listed(package: str, folders: list[Path], found: list[Path]) -> str:
 
 def _in_folder(name: str, folder: Path) -> Source:
     if (folder / "config.json").is_file():
-        _check_weights(name, folder)
+        check_weights(name, folder)
         return Source(name, "folder", folder=folder)
     if (folder / "adapter_config.json").is_file():
-        raise _adapter_given(name, json.loads((folder / "adapter_config.json").read_text("utf-8")))
+        raise _adapter_given(name, read_object(folder / "adapter_config.json"))
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return Source(name, "gguf", gguf_file=ggufs[0])
@@ -151,56 +153,6 @@ def _adapter_given(name: str, adapter: dict[str, Any]) -> UserError:
         f"{base}.\n"
         "  To train on from it, merge it first and give the merged folder; to train anew, give the base:\n"
         f"  model: {base}"
-    )
-
-
-def _check_weights(name: str, folder: Path) -> None:
-    """Weight files are there and whole, without reading the weights."""
-    present = [folder / file for file in _WEIGHTS if (folder / file).is_file()]
-    if not present:
-        raise UserError(
-            f"{KEY}: the folder {name} has config.json but no weights ({_WEIGHTS[0]} or {_WEIGHTS[1]}).\n"
-            "  The copy or download did not finish, or the run that wrote it stopped before saving."
-        )
-    first = present[0]
-    files = [first]
-    if first.name.endswith(".index.json"):
-        listed = set(json.loads(first.read_text("utf-8"))["weight_map"].values())
-        missing = sorted(file for file in listed if not (folder / file).is_file())
-        if missing:
-            raise UserError(
-                f"{KEY}: {name} lacks {len(missing)} of {len(listed)} weight files, the first is "
-                f"{missing[0]}.\n"
-                "  Fetch the model again."
-            )
-        files = [folder / file for file in sorted(listed)]
-    for file in files:
-        if file.suffix == ".safetensors":
-            _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _cut_off(file, "its header is not complete")
-        try:
-            header = json.loads(opened.read(length))
-            end = max(
-                (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"),
-                default=0,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _cut_off(file, "its header cannot be read") from error
-    if 8 + length + end > size:
-        raise _cut_off(file, f"it has {size:,} of {8 + length + end:,} bytes")
-
-
-def _cut_off(file: Path, what: str) -> UserError:
-    return UserError(
-        f"{KEY}: {file} is cut off or damaged: {what}.\n"
-        "  The download or copy did not finish (or it is a Git LFS pointer); fetch the file again."
     )
 
 

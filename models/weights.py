@@ -15,6 +15,7 @@ from .gguf_header import read_gguf_header
 from .gguf_weights import DIRECT, read_parameter, read_state, tensor_names
 from .quiet import quiet_libraries
 from .source import KEY
+from .weight_files import pickled_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,14 +110,20 @@ def _from_folder(facts: ModelFacts, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM  # its return type leaves out `output_loading_info`
-    loaded, info = auto.from_pretrained(
-        facts.location.load_name,
-        revision=facts.location.revision,
-        trust_remote_code=facts.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, by name
-        **options,
-    )
+    try:
+        loaded, info = auto.from_pretrained(
+            facts.location.load_name,
+            revision=facts.location.revision,
+            trust_remote_code=facts.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            use_safetensors=True,
+            **options,
+        )
+    except OSError as error:
+        if facts.kind == "hub" and "safetensors" in str(error):
+            raise pickled_weights(facts.source) from error
+        raise
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, stored, wanted = mismatched[0]

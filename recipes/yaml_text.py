@@ -18,6 +18,7 @@ MAX_FILE_BYTES = 2**20
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
 _MAX_DIGITS = 40
+_MAX_EVENTS = 3 * MAX_VALUES  # a value, its key, and what begins and ends them
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -76,6 +77,8 @@ def read_text(path: Path, shown: str) -> str:
             raise UserError(
                 f"{shown}  is a folder; a recipe is a YAML file.   For example {shown}/recipe.yaml"
             )
+        if not path.is_file():  # reading a pipe would wait for its writer, a device may have no end
+            raise UserError(f"{shown}  is no plain file.   Save the recipe as one, such as recipe.yaml")
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise UserError(
                 f"{shown}  is {size:,} bytes long; a recipe has at most {MAX_FILE_BYTES:,}.   Is it a data "
@@ -132,7 +135,9 @@ def flow(value: Any) -> str:
 def _compose(text: str, shown: str) -> yaml.Node | None:
     """The node tree; nesting is bounded before the recursive composer sees it."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > _MAX_EVENTS:  # before a composer holds them all
+            raise UserError(f"{shown}:{_line(event)}  the recipe has more than {MAX_VALUES:,} values.")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -218,6 +223,8 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
         tag, text = node.tag, str(node.value)
+        if "\0" in text:  # no path, no name and no prompt can hold one
+            raise UserError(f"{self.shown}:{line}  {text[:60]!r} holds the character NUL.   Remove it")
         try:
             if tag == "tag:yaml.org,2002:int":
                 if not _INTEGER.fullmatch(text):

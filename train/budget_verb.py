@@ -23,7 +23,7 @@ from ..schedules.limits import Limits
 from .budget_file import BudgetFile, changed, put_into, read_budget, read_words
 from .figures import count_text, duration_text, energy_text
 from .legs import Leg, read_legs
-from .rundir import RunDir, write_text
+from .rundir import RunDir, kept, write_text
 from .tracking import read_jsonl
 
 BAR = 24
@@ -82,9 +82,10 @@ def read_standing(run_dir: RunDir) -> Standing:
     lines = read_jsonl(run_dir.metrics)
     last: dict[str, Any] = lines[-1] if lines else {}
     if finished:
-        summary = json.loads(run_dir.summary.read_text(encoding="utf-8"))
-        used: Amounts = {name: amounts["used"] for name, amounts in summary["budget"].items()}
-        last = {"step": summary["steps"], "progress": summary["final_progress"]}
+        with kept(run_dir.summary) as text:
+            summary = json.loads(text)
+            used: Amounts = {name: amounts["used"] for name, amounts in summary["budget"].items()}
+            last = {"step": summary["steps"], "progress": summary["final_progress"]}
     else:
         used = _used(last, budget)
     return Standing(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..recipes.errors import UserError
@@ -32,13 +33,15 @@ def load_final(run: Path) -> tuple[Any, Any]:
         )
     quiet_libraries()
     dtype = torch.bfloat16
+    # Not only by default: without a value, code that comes with the model may be asked for at the terminal.
+    safely = {"trust_remote_code": False, "use_safetensors": True}
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def chat_with(run: Path, *, max_new_tokens: int) -> None:
@@ -60,4 +63,4 @@ def chat_with(run: Path, *, max_new_tokens: int) -> None:
         messages.append({"role": "user", "content": text})
         reply = answer(model, tokenizer, [messages], max_new_tokens=max_new_tokens)[0]
         messages.append({"role": "assistant", "content": reply})
-        console.print(f"[bold cyan]model>[/bold cyan] {reply}", highlight=False)
+        console.print(f"[bold cyan]model>[/bold cyan] {escape(reply)}", highlight=False)

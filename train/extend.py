@@ -11,7 +11,7 @@ from ..recipes import BudgetConfig, load_recipe
 from ..recipes.errors import UserError
 from .headline import LIMITS, budget_text
 from .legs import REWARM_PEAK, Leg, choose_rule, plain_legs, read_legs
-from .rundir import RunDir, write_json
+from .rundir import RunDir, kept, write_json
 
 _LIMITS = tuple(name for name in LIMITS if name != "price")
 
@@ -45,7 +45,9 @@ def extend_run(folder: Path, budget: Sequence[str], *, rewarm: float | None, sta
                 )
         else:
             legs.append(_next_leg(folder, given, rewarm))
-            write_json(folder / f"summary-{finished}.json", json.loads(run_dir.summary.read_text("utf-8")))
+            with kept(run_dir.summary) as text:
+                summary = json.loads(text)
+            write_json(folder / f"summary-{finished}.json", summary)
             run_dir.budget.unlink(missing_ok=True)  # it changed the budget that is spent
             write_json(run_dir.legs, plain_legs(legs))
             print(f"leg {len(legs) + 1}: {budget_text(given)}.  {legs[-1].why}")

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoint.whole import step_of
 from ..recipes import BudgetConfig, ScheduleConfig, WsdSchedule, WsdSSchedule
-from ..recipes.errors import UserError
 from ..schedules import Limits, Schedule, Warmup, build_schedule
+from .rundir import kept
 
 REWARM_PEAK = 0.5
 """Share of the first peak that a re-warmed leg rises to. Ours: half undoes less than the whole peak would."""
@@ -93,10 +94,12 @@ def read_legs(path: Path) -> list[Leg]:
     """The legs in legs.json; none where there is no such file. Raises UserError when it is damaged."""
     if not path.exists():
         return []
-    try:
-        return [Leg(**leg) for leg in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}).  Copy it back, or start again with --fresh") from None
+    with kept(path) as text:
+        legs = [Leg(**leg) for leg in json.loads(text)]
+        for leg in legs:
+            if step_of(leg.source) is None:
+                raise ValueError(f"{leg.source} is no checkpoint of this run")
+        return legs
 
 
 def plain_legs(legs: list[Leg]) -> list[dict[str, Any]]:

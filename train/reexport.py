@@ -19,6 +19,8 @@ from .export import export_final
 from .inspect import run_recipe
 from .landing import probe_tokens
 from .quiet import quiet_libraries
+from .restore import as_saved
+from .rundir import kept
 
 
 def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> None:
@@ -50,11 +52,13 @@ def export_run(run: Path, *, to: str, checkpoint: str, output: Path | None) -> N
         max_length=facts.max_positions,
         preferences=takes_pairs(trained),
     )
-    plan = Plan.from_json((run / "plan.json").read_text(encoding="utf-8"))
+    with kept(run / "plan.json") as text:
+        plan = Plan.from_json(text)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     engine, _ = build_engine(recipe, plan, facts, data, accelerator, chosen)
-    parts = {name: chosen.tensors(name) for name in ("trained", "optimizer")}
-    engine.load_state_dict(parts, {"optimizer": chosen.json("optimizer")})
+    with as_saved(chosen):
+        parts = {name: chosen.tensors(name) for name in ("trained", "optimizer")}
+        engine.load_state_dict(parts, {"optimizer": chosen.json("optimizer")})
     engine.end_training()
     exported = export_final(
         engine.loss_module.model,

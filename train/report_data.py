@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..recipes.errors import UserError
+from ..recipes.yaml_text import parse
 from .tracking import read_jsonl
 
 MOST_METRICS = 4000  # more records than pixels only cost time
@@ -65,8 +64,8 @@ class RunData:
     def recipe(self) -> dict[str, Any]:
         """resolved.yaml as flat dotted keys."""
         try:
-            loaded = yaml.load(self.resolved, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError:
+            loaded = parse(self.resolved, "resolved.yaml").values
+        except UserError:
             return {}
         return flat(loaded) if isinstance(loaded, dict) else {}
 
@@ -248,14 +247,14 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _list(path: Path) -> list[dict[str, Any]]:
     """A JSON list of objects; a missing or torn file is an empty one."""
     try:
         value = json.loads(_text(path) or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
@@ -264,6 +263,6 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; a missing or torn file is an empty one: a killed run has a report, too."""
     try:
         value = json.loads(_text(path) or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..checkpoint.whole import step_of
 from ..recipes.errors import UserError
 
 # What a run writes, and therefore what `clear` may delete. Nothing else in the directory is ever touched.
@@ -39,6 +43,7 @@ FILES = (
     "wandb",
 )
 CHECKPOINT = "checkpoint-"
+_UNFINISHED = re.compile(r"\.[\w.-]+\.tmp\d+|(final|export-\w+)\.part")
 
 
 class ResolvedText(Protocol):
@@ -128,7 +133,13 @@ class RunDir:
         Raises UserError naming the process that holds it.
         """
         path = self.path / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise UserError(
+                f"output_dir      {path} cannot be used as the lock of this run: {error.strerror}.\n"
+                "                Remove it, or choose another folder: output_dir=runs/NAME"
+            ) from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,17 +162,16 @@ class RunDir:
 
     def finished_legs(self) -> int:
         """How many of its budgets the run has landed; 0 where it has not finished yet."""
-        if not self.summary.exists():
+        if not self.summary.is_file():
             return 0
         try:
             return int(json.loads(self.summary.read_text(encoding="utf-8")).get("legs") or 1)
-        except (ValueError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return 1  # a damaged summary is still one of a finished run
 
     def leftovers(self) -> list[Path]:
         """What a killed process left half-written here: temporary files and folders, by their names."""
-        found = {*self.path.glob("*.tmp*"), *self.path.glob(".*.tmp*"), *self.path.glob("*.part")}
-        return sorted(found)
+        return sorted(path for path in self.path.iterdir() if _UNFINISHED.fullmatch(path.name))
 
     def remove_leftovers(self) -> list[Path]:
         """Delete the leftovers and return what was deleted. Call it with the lock held."""
@@ -172,7 +182,8 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete what an earlier run wrote (`--fresh`) and nothing else. Call with the lock held."""
-        numbered = [*self.path.glob(f"{CHECKPOINT}*"), *self.path.glob("summary-[0-9]*.json")]
+        steps = [path for path in self.path.glob(f"{CHECKPOINT}*") if step_of(path.name) is not None]
+        numbered = [*steps, *self.path.glob("summary-[0-9]*.json")]
         for path in [self.path / name for name in FILES] + numbered:
             _delete(path)
         self.remove_leftovers()
@@ -217,11 +228,37 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Written aside, fsynced and renamed, so that a reader or a kill never meets half a file."""
     aside = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
+    aside.unlink(missing_ok=True)  # of a killed process of the same number, or a link laid here by another
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(open_plain(aside, flags), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; OSError for a link, and for what would let a reader or writer wait."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return descriptor
+
+
+@contextlib.contextmanager
+def kept(path: Path) -> Iterator[str]:
+    """The text of a file that a run keeps. UserError when it, or what the block makes of it, is not right."""
+    try:
+        if not path.is_file():  # reading a pipe would wait for its writer, a device may have no end
+            raise ValueError("no plain file")
+        yield path.read_text(encoding="utf-8")
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        words = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{path}: is damaged, or of another version ({type(error).__name__}: {words}).\n"
+            "  Copy it back from where the run came from, or start again with --fresh"
+        ) from error
 
 
 def finite(value: Any) -> Any:
@@ -236,7 +273,7 @@ def finite(value: Any) -> Any:
 
 
 def _delete(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from ..plan.defaults import DPO_RATE
 from ..recipes import DpoObjective, Recipe, SftObjective, SftThenDpoObjective
 from .assembly import decide, read_data
 from .parts import Saved
-from .rundir import RunDir, write_json
+from .rundir import RunDir, kept, write_json
 from .screen import Screen
 
 HELD_OUT_PAIRS = 0.1
@@ -119,11 +119,12 @@ def plan_stages(
         saved = path if checkpoint is not None and path.exists() else None
         return decide(part, facts, data, accelerator, run_dir, saved, started, screen, share=share)
 
-    kept = None
+    before = None
     if checkpoint is not None and run_dir.stages.exists():
-        kept = Split(**json.loads(run_dir.stages.read_text(encoding="utf-8")))
-    split, planned = divide(recipe, drafts, make, kept)
-    if split.warning and kept is None:
+        with kept(run_dir.stages) as text:
+            before = Split(**json.loads(text))
+    split, planned = divide(recipe, drafts, make, before)
+    if split.warning and before is None:
         screen.warn(split.warning)
     if len(drafts) > 1 and accelerator.is_main_process:
         write_json(run_dir.stages, split)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from .rundir import RunDir, finite, write_json, write_text
+from ..recipes.errors import UserError
+from .rundir import RunDir, finite, open_plain, write_json, write_text
 from .trackers import Trackers
 
 METRIC_FIELDS = (
@@ -59,28 +60,39 @@ class Summary:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each handed to the system at once.
 
-    `after_step` is the step that the run resumes from: later records, which will come again, are dropped
-    first, so that no step stands in the file twice. 0 begins an empty file.
+    `after_step` is the step that the run resumes from: later records, which will come again, are dropped, so
+    that no step stands in the file twice. That waits for the first new record: until then they alone tell the
+    next resume how much time was spent after the checkpoint, should this one be killed. 0 begins an empty
+    file.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
-        kept = (
-            [record for record in read_jsonl(path) if record.get("step", 0) <= after_step]
-            if after_step
-            else []
-        )
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        self._path, self._after_step = path, after_step
+        self._file: TextIO | None = None
+        if not after_step:
+            self._open()
 
     def write(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """One record with every field of METRIC_FIELDS (None where not given), other figures after them."""
         line = finite({**dict.fromkeys(METRIC_FIELDS), **record})
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._open().write(json.dumps(line, allow_nan=False) + "\n")
         return dict(line)
 
     def close(self) -> None:
         """No record can be written afterwards."""
-        self._file.close()
+        self._open().close()
+
+    def _open(self) -> TextIO:
+        if self._file is None:
+            after = self._after_step
+            kept = (
+                [record for record in read_jsonl(self._path) if record.get("step", 0) <= after]
+                if after
+                else []
+            )
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        return self._file
 
 
 class EventsLog:
@@ -91,8 +103,16 @@ class EventsLog:
 
     def __init__(self, path: Path, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        try:
+            descriptor = open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be added to: {error.strerror}.\n"
+                "  Move it away, or choose another folder: output_dir=runs/NAME"
+            ) from None
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        self._file = open(descriptor, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
         if torn:  # a kill in mid-write: end that line, so that the next event does not stick to it
             self._file.write("\n")
 
@@ -189,7 +209,7 @@ def read_jsonl(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
 
     A line torn by a kill is left out. With `at_most`, a longer file is thinned evenly; its last line is kept.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if at_most is not None and len(lines) > at_most:
@@ -199,7 +219,7 @@ def read_jsonl(path: Path, at_most: int | None = None) -> list[dict[str, Any]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             found.append(value)

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..offload.placement import Placement
+
+_OF_STEPS = (
+    "batch_tokens",
+    "batch_rows",
+    "learning_rate",
+    "weight_decay",
+    "dtype",
+    "autocast",
+    "packed",
+    "max_length",
+    "longest_row",
+    "eval_rows",
+    "eval_rows_between",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,14 @@ class Plan:
             "world_size": self.world_size,
             "packed": self.packed,
         }
+
+    def with_steps_of(self, begun: Plan) -> Plan:
+        """This plan, with the steps of a run that began with `begun`, of another number of processes.
+
+        What a step is made of and what it does to the weights stays; memory, time and the size of a
+        micro-batch are those of now.
+        """
+        return replace(self, **{key: getattr(begun, key) for key in _OF_STEPS})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Plan.from_json` gives the same plan back."""

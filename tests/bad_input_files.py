@@ -237,7 +237,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 def without_energy_counters(folder: Path) -> Iterator[None]:
     """A machine that cannot measure energy, whatever this one can."""
     with (
-        mock.patch("shoestring.train.run.energy_counters", return_value=[]),
+        mock.patch("shoestring.train.building.energy_counters", return_value=[]),
         mock.patch("shoestring.plan.machine._watts_source", return_value=None),
     ):
         yield

@@ -709,6 +709,6 @@ def test_two_processes_are_one_clear_error(tmp_path, monkeypatch):
         monkeypatch.setattr(Accelerator, "num_processes", 2)
         return real(recipe, plan, facts, data, accelerator, checkpoint, **others)
 
-    monkeypatch.setattr("shoestring.train.run.build_engine", as_if_two)
+    monkeypatch.setattr("shoestring.train.building.build_engine", as_if_two)
     with pytest.raises(UserError, match=r"step_in_backward=true needs one process, and this run has 2"):
         train(path)

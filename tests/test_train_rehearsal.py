@@ -17,13 +17,13 @@ from shoestring.checkpoint import random_state
 from shoestring.data import Batch
 from shoestring.recipes import load_recipe
 from shoestring.recipes.errors import BudgetError
+from shoestring.train.building import build
 from shoestring.train.parts import Run
 from shoestring.train.rehearsal import memory_explained, rehearse
-from shoestring.train.run import build
 from shoestring.train.rundir import RunDir
 from shoestring.train.screen import Screen
 from shoestring.train.signals import stop_on_signals
-from shoestring.train.snapshots import Snapshots
+from shoestring.train.snapshots import open_snapshots
 
 
 @pytest.fixture
@@ -33,9 +33,10 @@ def run(tmp_path: Path) -> Any:
         stop = stack.enter_context(stop_on_signals())
         directory = RunDir(resolved.recipe.output_dir)
         stack.enter_context(directory.lock())
-        none = Snapshots(None, None, print, early=False)
+        accelerator = Accelerator(cpu=True)
+        none = open_snapshots(resolved.recipe, directory, accelerator, print)
         screen = Screen(active=False)
-        yield build(resolved, Accelerator(cpu=True), directory, screen, stop, none, started=time.monotonic())
+        yield build(resolved, accelerator, directory, screen, stop, none, started=time.monotonic())
 
 
 def test_a_rehearsal_tries_the_worst_step_and_leaves_no_trace(

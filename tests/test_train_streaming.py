@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+import shoestring.train.building
 import shoestring.train.run
 import tiny
 import torch
@@ -34,8 +35,8 @@ def test_a_run_from_disk_is_the_run_in_memory(tmp_path, monkeypatch, kind):
     sections = {}
     if kind == "full":
         one = {"micro_tokens": None, "micro_rows": None}  # micro-batch a step, in memory too
-        order = shoestring.train.run.Order
-        monkeypatch.setattr(shoestring.train.run, "Order", lambda rows, **o: order(rows, **{**o, **one}))
+        order = shoestring.train.building.Order
+        monkeypatch.setattr(shoestring.train.building, "Order", lambda rows, **o: order(rows, **{**o, **one}))
         sections = {"adapter": None, "optimizer": {"name": "lomo", "learning_rate": 1e-1}}
     losses, summary, weights = run(tmp_path / "memory", **sections)
     streamed = run(tmp_path / "disk", **sections, offload={"weights": "disk"})

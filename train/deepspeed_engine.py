@@ -28,7 +28,7 @@ from .deepspeed_config import deepspeed_config
 from .deepspeed_import import import_deepspeed
 from .deepspeed_zenflow import HostAdamW, ZenFlow, check_shapes
 from .engine import Interrupted, loss_and_sums
-from .sharded import ShardedEngine, process_group
+from .sharded import OwnPieces, ShardedEngine, process_group
 from .zero_states import ZeroStates
 
 
@@ -209,6 +209,25 @@ class DeepSpeedEngine(ShardedEngine):
             return
         for name, parameter in self.parameters.items():
             yield name, dict(self.flat.state.get(parameter, {}))
+
+    @property
+    def state_in_shards(self) -> bool:
+        """See ShardedEngine: not at stage 0."""
+        return self._states is not None
+
+    def own_pieces(self) -> OwnPieces:
+        """See ShardedEngine."""
+        assert self._states is not None
+        return self._states.own()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """See ShardedEngine."""
+        return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}
+
+    def steps(self) -> Tensor:
+        """See ShardedEngine."""
+        assert self._states is not None
+        return self._states.steps
 
     def put_states(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Cut up whole states, and keep this process's part of each."""

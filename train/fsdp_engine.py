@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..checkpoint import Piece
 from ..data import Batch
 from ..recipes import Fsdp2Config
 from .engine import Interrupted, loss_and_sums
 from .objectives import base_model
-from .sharded import MASTER, ShardedEngine, process_group
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from .sharded import MASTER, MOMENTS, OwnPieces, ShardedEngine, process_group
 
 
 @dataclass
@@ -219,12 +218,37 @@ class Fsdp2Engine(ShardedEngine):
                 state[MASTER] = _whole(place.shard, device, torch.float32)
             yield name, state
 
+    def own_pieces(self) -> OwnPieces:
+        """Rows of each parameter, one after the other."""
+        for name, parameter in self.parameters.items():
+            place = self._places[name]
+            state = {
+                key: _own(value)
+                for key, value in self.flat.state.get(place.shard, {}).items()
+                if isinstance(value, DTensor)
+            }
+            weight = _own(place.shard)
+            if parameter.dtype != torch.float32:
+                state[MASTER] = weight
+                weight = replace(weight, data=weight.data.to(place.dtype))
+            if weight.data.numel():
+                yield name, weight, state
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """See ShardedEngine."""
+        return {name: self._places[name].shard.shape for name in self.parameters}
+
+    def steps(self) -> Tensor:
+        """See ShardedEngine."""
+        count: Tensor = next(state["step"] for state in self.flat.state.values())
+        return count
+
     @torch.no_grad()
     def put_states(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Cut up whole states; every process has read them, so nothing is sent."""
         for name, state in states.items():
             shard = self._places[name].shard
-            own = {key: _like(state[key], shard) for key in _MOMENTS}
+            own = {key: _like(state[key], shard) for key in MOMENTS}
             self.flat.state[shard] = {
                 "step": state["step"].to(torch.float32, copy=True),
                 **own,
@@ -244,6 +268,14 @@ def _whole(shard: DTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     waits for its data when it is used, and has no address until then.
     """
     return shard.full_tensor().to(device, dtype, copy=True)
+
+
+def _own(shard: DTensor) -> Piece:
+    """This process's rows: FSDP cuts the first dimension as torch.chunk does."""
+    local = shard.to_local().detach()
+    rows = -(-shard.shape[0] // shard.device_mesh.size())
+    first = min(shard.shape[0], rows * shard.device_mesh.get_local_rank())
+    return Piece(local.reshape(-1), first * (shard.numel() // max(1, shard.shape[0])), tuple(shard.shape))
 
 
 def _like(value: Tensor, shard: DTensor) -> DTensor:

@@ -82,7 +82,7 @@ def train_loop(run: Run) -> str:
         state.train_loss = loss
         state.learning_rate = rate
         _record(run, loss, rate, grad_norm, step.tokens / seconds)
-        evaluate_now, save_now = agree(run, partial(_what_is_due, run))
+        evaluate_now, save_now, snapshot_now = agree(run, partial(_what_is_due, run))
         if evaluate_now:
             improved = evaluate_and_record(run, rows=run.plan.eval_rows_between)
             save_now |= improved and run.recipe.checkpoint.keep_best
@@ -92,7 +92,8 @@ def train_loop(run: Run) -> str:
                 return "early_stopping"
         if save_now:
             save_checkpoint(run)
-        run.snapshots.take_if_due(run)
+        if snapshot_now:
+            run.snapshots.take(run)
     raise AssertionError("the order of training rows has no end")
 
 
@@ -122,10 +123,11 @@ def _interrupt(run: Run) -> Callable[[], bool]:
     return run.stop if run.accelerator.num_processes == 1 else lambda: False
 
 
-def _what_is_due(run: Run) -> tuple[bool, bool]:
+def _what_is_due(run: Run) -> tuple[bool, bool, bool]:
     return (
         run.plan.eval_rows_between > 0 and run.clock.should_run(run.eval_due),
         run.clock.should_run(run.save_due),
+        run.snapshots.due(run.clock),
     )
 
 

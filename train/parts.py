@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoint import Checkpoint, Snapshot
+from ..checkpoint import Checkpoint, ShardedSnapshot, Snapshot
 from ..data import Order, Prepared, Step
 from ..plan import Plan
 from ..recipes import Recipe
@@ -28,7 +28,7 @@ from .tracking import Tracking
 if TYPE_CHECKING:
     from .snapshots import Snapshots  # which takes them of a Run
 
-Saved = Checkpoint | Snapshot
+Saved = Checkpoint | Snapshot | ShardedSnapshot
 """What a run goes on from."""
 STAGE_OVER = "stage"
 PAUSED = "paused"

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from ..recipes.errors import BudgetError
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from ..checkpoint import BrokenCheckpoint, ShardedSnapshot, set_random_state
+from ..recipes.errors import BudgetError, UserError
 from ..schedules import Clock, Counter, Limits, Schedule, energy_source
 from .parts import Run, Saved
 from .rundir import RunDir
 from .stages import StagePlan
 from .tracking import read_jsonl
+
+MAY_CHANGE = frozenset({"recipe.budget", "world_size"})
+"""What a run may go on with that it did not begin with."""
 
 
 def build_clock(
@@ -49,12 +57,27 @@ def restore_clock(clock: Clock, saved: dict[str, Any], run_dir: RunDir) -> str |
 
     Returns one line where the budget is another than before.
     """
-    log = read_jsonl(run_dir.metrics)
-    lost = max(0.0, float(log[-1]["seconds"]) - float(saved["seconds"])) if log else 0.0
+    log = [*read_jsonl(run_dir.metrics), *read_jsonl(run_dir.events)]
+    told = [float(record["seconds"]) for record in log if isinstance(record.get("seconds"), int | float)]
+    lost = max(0.0, max(told, default=0.0) - float(saved["seconds"]))
     try:
         return clock.load_state_dict(saved, lost_seconds=lost)
     except BudgetError:
         return clock.load_state_dict(saved)  # nothing is left to train with, but it can still land
+
+
+@contextmanager
+def as_saved(checkpoint: Saved | None) -> Iterator[None]:
+    """Tell what a whole checkpoint lacks, or has in another shape, as a fault of the file and not of ours."""
+    try:
+        yield
+    except (BrokenCheckpoint, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if checkpoint is None:
+            raise
+        raise UserError(
+            f"{checkpoint.name} does not hold what this version saves ({type(error).__name__}: {error}).\n"
+            "  It was written by another program.  Start again with --fresh, or set another output_dir."
+        ) from error
 
 
 def load_weights(run: Run, checkpoint: Saved) -> None:
@@ -64,6 +87,31 @@ def load_weights(run: Run, checkpoint: Saved) -> None:
     reference = run.stage.objective.reference
     if reference is not None:
         reference.load_state_dict(checkpoint.tensors("reference"))
+
+
+def set_generators(checkpoint: Saved, run: Run) -> list[str]:
+    """The generators of this process as they were; returns lines on what could not be restored."""
+    if isinstance(checkpoint, ShardedSnapshot):
+        saved = [state for states in checkpoint.jsons("random") for state in states]
+    else:
+        saved = checkpoint.json("random")
+    index = run.accelerator.process_index
+    if index < len(saved):
+        return set_random_state(saved[index])
+    # A process more than there were: numbers that no other one draws.
+    set_seed(run.recipe.train.seed + run.state.step * run.accelerator.num_processes + index)
+    return []
+
+
+def other_processes(trainer: dict[str, Any], accelerator: Accelerator) -> str | None:
+    """One line where the run was begun by another number of processes."""
+    before = trainer.get("identity", {}).get("world_size", accelerator.num_processes)
+    if before == accelerator.num_processes:
+        return None
+    return (
+        f"goes on with {accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}, "
+        f"where {before} had begun: steps are of the same rows, and agree up to rounding"
+    )
 
 
 def begin_leg(run: Run) -> None:

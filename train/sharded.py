@@ -16,16 +16,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..checkpoint import Piece
 from ..recipes import Recipe
 from ..recipes.optimizers import AdamW, OptimizerConfig
 from .engine import NativeEngine
 
 MASTER = "master"
 """Key of the float32 weights in the state of a parameter whose own are narrower."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OwnPieces = Iterator[tuple[str, Piece | None, dict[str, Piece]]]
+"""Of each trained parameter: its name, and this process's piece of the weight and of its state by key."""
 
 
 class ShardedEngine(NativeEngine, ABC):
@@ -66,6 +71,31 @@ class ShardedEngine(NativeEngine, ABC):
     @abstractmethod
     def put_states(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Cut up whole states by name, and keep this process's part of each."""
+
+    @property
+    def state_in_shards(self) -> bool:
+        """Whether a process has the state of a part of the weights alone."""
+        return True
+
+    @abstractmethod
+    def own_pieces(self) -> OwnPieces:
+        """What this process holds, as it lies there; nothing is sent. Between begin and end."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of each trained parameter, whole."""
+
+    @abstractmethod
+    def steps(self) -> Tensor:
+        """The count of steps, as the state of each parameter has it."""
+
+    def replicated_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `state_dict`, of an engine whose processes hold all of it: nothing is sent."""
+        self._fill(dict(self.whole_states()))
+        try:
+            return super().state_dict()
+        finally:
+            self.optimizer.state.clear()
 
     def begin(self) -> None:
         """Shard, with the state that the optimizer has (of a resumed run). On all processes."""

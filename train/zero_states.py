@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .sharded import MASTER
+from ..checkpoint import Piece
+from .sharded import MASTER, MOMENTS, OwnPieces
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 States = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -71,6 +71,46 @@ class ZeroStates:
             if p.dtype != torch.float32:
                 state[MASTER] = safe_get_full_fp32_param(p)
             yield name, {"step": step, **state}
+
+    def own(self) -> OwnPieces:
+        """What this process holds of each parameter, as it lies there. Not of state on the disk."""
+        if self._stage3:
+            yield from self._own_of_stage_3()
+            return
+        for name, p in self._names.items():
+            fragment = p._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            if fragment is None:
+                continue
+            place = fragment.lp_fragment_address
+            shape = tuple(p.shape)
+            state = {
+                key: Piece(fragment.get_optim_state_fragment(key), place.start, shape) for key in MOMENTS
+            }
+            if p.dtype != torch.float32:
+                state[MASTER] = Piece(fragment.hp_fragment.detach(), place.start, shape)
+            weight = p.detach().reshape(-1)[place.start : place.start + place.numel]
+            yield name, Piece(weight, place.start, shape), state
+
+    def _own_of_stage_3(self) -> OwnPieces:
+        rank = dist.get_rank()
+        for index in range(len(self._shards)):
+            for p in self._zero.fp16_groups[index]:
+                shape = tuple(p.ds_shape)
+
+                def piece(part: Tensor, p: Any = p, shape: tuple[int, ...] = shape) -> Piece:
+                    first = rank * part.numel()
+                    return Piece(part[: max(0, p.ds_numel - first)], min(first, p.ds_numel), shape)
+
+                weight = piece(p.ds_tensor.detach())
+                if weight.data.numel():
+                    state = {key: piece(self._part(p, key)) for key in self._keys(p)}
+                    yield self._name_of[id(p)], weight, state
+
+    @property
+    def steps(self) -> Tensor:
+        """The count of steps."""
+        count: Tensor = self._adamw.state[self._shards[0]]["step"]
+        return count
 
     def scatter(self, states: States) -> None:
         """Keep this process's part of each whole state; every process is given all of them."""

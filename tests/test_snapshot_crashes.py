@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shoestring.train.run as run_module
+import shoestring.train.building as building
 from keeper_processes import no_keeper_left
 from shoestring.train import loop
 from test_train_snapshots import STEPS, one_thread, recipe, result, train
@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_snapshot
 
 def die(path: Path, moment: int | str) -> None:
     """Train, and end by SIGKILL: when the step is recorded, or at a moment of the resume."""
-    record, weights, random = loop._record, run_module.load_weights, run_module.set_random_state
+    record, weights, random = loop._record, building.load_weights, building.set_generators
 
     def at_step(run: Any, *values: Any) -> None:
         record(run, *values)
@@ -45,8 +45,8 @@ def die(path: Path, moment: int | str) -> None:
         return random(*values)
 
     loop._record = at_step
-    run_module.load_weights = before_weights
-    run_module.set_random_state = at_the_end
+    building.load_weights = before_weights
+    building.set_generators = at_the_end
     train(path)
 
 

@@ -95,8 +95,11 @@ def set_generators(checkpoint: Saved, run: Run) -> list[str]:
         saved = [state for states in checkpoint.jsons("random") for state in states]
     else:
         saved = checkpoint.json("random")
+    before = int(checkpoint.json("trainer")["identity"]["world_size"])
+    if not isinstance(saved, list) or len(saved) != before:
+        raise ValueError(f"random.json is not of {before} processes")
     index = run.accelerator.process_index
-    if index < len(saved):
+    if index < before:
         return set_random_state(saved[index])
     # A process more than there were: numbers that no other one draws.
     set_seed(run.recipe.train.seed + run.state.step * run.accelerator.num_processes + index)

@@ -27,7 +27,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_train_snapshots"])
 STEPS, DIES_AT = 12, 8
 EVERY_STEP = {"every": 5, "keep_best": False, "in_memory": True, "snapshot_every": 1}
-PREFERENCES = {"name": "dpo", "reference": "frozen"}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dropout": {"adapter": {"name": "lora", "r": 4, "lora_dropout": 0.2}},

@@ -6,8 +6,10 @@ until the copy is where it is going (in the keeper's memory; on the disk, synced
 all tensors, with a save before the first one beyond those without. Contenders take turns in processes of
 their own; medians are printed.
 
-    python benchmarks/checkpoint.py                    # about 10 minutes on 2 quiet cores
-    python benchmarks/checkpoint.py --recovery         # and how long it takes to be back
+    python benchmarks/checkpoint.py                    # all of it, about 20 minutes on 2 quiet cores
+    python benchmarks/checkpoint.py --table            # the contenders alone
+    python benchmarks/checkpoint.py --recovery         # how long it takes to be back
+    python benchmarks/checkpoint.py --shards           # two processes, with parity and without
     python benchmarks/checkpoint.py --lora             # SmolLM2 with LoRA: a snapshot after every single step
 """
 
@@ -290,6 +292,45 @@ def recovery(options: argparse.Namespace) -> None:
     shutil.rmtree(folder)
 
 
+def shard(rank: int, folder: str, mib: int, rounds: int, parity: bool) -> None:
+    """One of two processes; prints medians of the first one."""
+    import torch.distributed as dist
+    from shoestring.checkpoint import ShardedSnapshotter
+    from shoestring.checkpoint.pieces import share_of
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{parity}", rank=rank, world_size=2)
+    tensors = state(mib)
+    free, whole = [], []
+    with ShardedSnapshotter(Path(folder) / f"run-{parity}", parity=parity) as snapshots:
+        for step in range(rounds + 1):
+            dist.barrier()
+            began = time.perf_counter()
+            snapshots.begin(step, pieces=share_of({"state": tensors}, rank, 2), json={})
+            snapshots.wait()
+            free.append(time.perf_counter() - began)
+            snapshots.flush()
+            whole.append(time.perf_counter() - began)
+        dist.barrier()
+    if rank == 0:
+        named = "with parity" if parity else "without parity"
+        middle = [statistics.median(seconds[1:]) for seconds in (free, whole)]
+        print(f"| {named} | {middle[0]:.3f} | {middle[1]:.2f} |", flush=True)
+
+
+def shards(options: argparse.Namespace) -> None:
+    """A state that two processes hold alike: each takes half, and with parity a copy of the other half."""
+    folder = (options.folder / "shards").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    print(
+        f"\n{options.mib} MiB in two processes\n\n| | until free, s | in all, s |\n|---|---|---|", flush=True
+    )
+    for parity in (False, True):
+        torch.multiprocessing.spawn(shard, (str(folder), options.mib, options.rounds, parity), nprocs=2)
+    shutil.rmtree(folder)
+
+
 def lora(options: argparse.Namespace) -> None:
     """SmolLM2 with LoRA: seconds a step without snapshots, as often as is chosen, and after each step."""
     ways = {
@@ -318,16 +359,19 @@ def lora(options: argparse.Namespace) -> None:
         print(f"| {name} | {middle:.3f} | {middle / plain - 1:+.1%} | {turns} |")
 
 
+PARTS = (table, recovery, shards, lora)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="saves in each process")
-    parser.add_argument("--turns", type=int, default=3, help="processes of each contender")
+    parser.add_argument("--turns", type=int, default=2, help="processes of each contender")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/checkpoint"))
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS))
-    parser.add_argument("--recovery", action="store_true")
-    parser.add_argument("--lora", action="store_true")
+    for part in PARTS:
+        parser.add_argument(f"--{part.__name__}", action="store_true")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -340,11 +384,9 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         print(json.dumps(found), flush=True)
         os._exit(0)  # helpers of some contenders do not end by themselves
-    table(options)
-    if options.recovery:
-        recovery(options)
-    if options.lora:
-        lora(options)
+    asked = [part for part in PARTS if getattr(options, part.__name__)]
+    for part in asked or PARTS:
+        part(options)
 
 
 if __name__ == "__main__":

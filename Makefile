@@ -8,7 +8,7 @@ EXTRAS := quantized,optimizers,gguf,tensorboard,deepspeed,demo,oracle,dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
-ROOMS := adapters checkpoint data models offload ops optimizers plan recipes schedules train
+ROOMS := adapters checkpoint data models offload ops optimizers plan pruning recipes schedules train
 
 .PHONY: install demo test check types bench clean
 
@@ -28,11 +28,12 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/shoestring train cpu-demo --fresh
 
-# Two workers on two cores: a thread each. DeepSpeed changes PyTorch for the rest of a process, so that what other
-# tests measure to the byte is no longer true: its tests have processes of their own.
+# A thread each; a third worker on two cores, since many tests wait for processes. DeepSpeed changes PyTorch for
+# the rest of a process, so that what other tests measure to the byte is no longer true: its tests have processes
+# of their own.
 ALONE := tests/test_engine_runs.py tests/test_engine_processes.py
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup tests $(addprefix --ignore=,$(ALONE))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup tests $(addprefix --ignore=,$(ALONE))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ALONE)
 
 check: install types

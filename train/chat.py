@@ -34,7 +34,7 @@ def load_final(run: Path) -> tuple[Any, Any]:
     quiet_libraries()
     dtype = torch.bfloat16
     # Not only by default: without a value, code that comes with the model may be asked for at the terminal.
-    safely = {"trust_remote_code": False, "use_safetensors": True}
+    safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from ..checkpoint import Checkpoint, ShardedSnapshot, Snapshot, newest
 from ..recipes.errors import UserError
@@ -69,21 +69,26 @@ def _chosen_together(
 ) -> list[Snapshot | ShardedSnapshot]:
     """The newest snapshot in shards, or of a single process; none where a checkpoint is as new."""
     choice: list[str | None] = [None]
+    opened: Snapshot | ShardedSnapshot | None = None
     if accelerator.is_main_process and run_dir.holds_run():
         found, _ = _on_disk(run_dir, warn)
         least = -1 if found is None else found.step
         sharded, alone = shards.newest(), _without_scratch(shards, warn)
         if alone is not None and alone.step > max(least, -1 if sharded is None else sharded.step):
-            choice = [ALONE]
+            choice, opened = [ALONE], alone
         elif sharded is not None and sharded.step > least:
-            choice = [sharded.snapshot]
-        shards.done()
+            choice, opened = [sharded.snapshot], sharded
     broadcast_object_list(choice)
     (name,) = choice
     if name is None:
         return []
-    opened = _without_scratch(shards, warn) if name == ALONE else shards.newest(name)
-    return [] if opened is None else [opened]
+    if not accelerator.is_main_process:
+        opened = _without_scratch(shards, warn) if name == ALONE else shards.newest(name)
+    everywhere = gather_object([opened is not None])
+    if opened is not None and all(everywhere):
+        return [opened]
+    warn("the newest snapshot cannot be read by all processes: they go on from the disk")
+    return []
 
 
 def _without_scratch(shards: Shards, warn: Callable[[str], None]) -> Snapshot | None:

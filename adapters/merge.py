@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .layers import own_layers
 from .starts import lora_layers
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def merge_layers(module: torch.nn.Module) -> None:
     """Merge the PEFT layers inside `module` that are not merged yet, each in float32 and rounded once."""
     from peft.tuners.lora import Linear
 
-    for _, layer in lora_layers(module):
+    layers: list[tuple[str, Any]] = [*lora_layers(module), *own_layers(module)]
+    for _, layer in layers:
         if layer.merged:
             continue
         base = layer.get_base_layer()

@@ -11,6 +11,7 @@ import torch
 
 from ..recipes.errors import UserError
 from .starts import lora_layers
+from .svfit import SvfitConfig, save_as_lora
 
 _WEIGHTS = "adapter_model.safetensors"
 # else PEFT asks the hub whether the vocabulary has grown; here it never does, and modules_to_save are kept
@@ -32,10 +33,14 @@ def adapter_config(model: Any) -> dict[str, Any] | None:
 def save_adapter(model: Any, folder: Path, *, portable: bool = False) -> None:
     """Write the adapter of a PeftModel to `folder`.
 
-    portable: the adapter must fit the base as it was published. PiSSA, OLoRA and LoftQ changed their base, so
-    theirs is written as a plain one of twice the rank: s (B A - B0 A0) = s [B, -B0] [A; A0], with A0 and B0
-    where it started. For checkpoints leave it off: they are loaded into a model that was built the same way.
+    portable: the adapter must fit the base as it was published, and need PEFT alone where it can. PiSSA,
+    OLoRA and LoftQ changed their base, so theirs is written as a plain one of twice the rank: s (B A - B0 A0)
+    = s [B, -B0] [A; A0], with A0 and B0 where it started. SVFit is written as LoRA of the same change. For
+    checkpoints leave it off: they are loaded into a model that was built the same way.
     """
+    if portable and isinstance(model.peft_config["default"], SvfitConfig):
+        save_as_lora(model, folder)
+        return
     initial = getattr(model, "initial_adapter", None)
     if not portable or initial is None:
         model.save_pretrained(folder, **_OWN_LAYERS)

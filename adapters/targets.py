@@ -17,7 +17,7 @@ from ..recipes.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..recipes.choices import LoraAdapter
+    from ..recipes.choices import AdapterConfig, LoraAdapter
 
 
 def adaptable_modules(skeleton: PreTrainedModel) -> dict[str, nn.Module]:
@@ -28,7 +28,7 @@ def adaptable_modules(skeleton: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in skeleton.named_modules() if isinstance(module, kinds)}
 
 
-def target_list(adapter: LoraAdapter, skeleton: PreTrainedModel) -> str | list[str]:
+def target_list(adapter: AdapterConfig, skeleton: PreTrainedModel) -> str | list[str]:
     """`adapter.target_modules` as PEFT takes it; `all-linear` becomes names, which go with layer numbers.
 
     Raises:
@@ -59,7 +59,7 @@ def target_list(adapter: LoraAdapter, skeleton: PreTrainedModel) -> str | list[s
             if not _ends_with(target, adaptable):
                 raise _no_match("adapter.target_modules", target, adaptable, every)
     _check_excluded(adapter, every)
-    for name in adapter.modules_to_save or ():
+    for name in getattr(adapter, "modules_to_save", None) or ():  # of LoRA alone
         if not _ends_with(name, every):
             raise _no_match("adapter.modules_to_save", name, every, every)
     _check_layers(adapter, skeleton)
@@ -117,7 +117,7 @@ def _check_expression(key: str, expression: str, adaptable: Sequence[str], every
         )
 
 
-def _check_excluded(adapter: LoraAdapter, every: Sequence[str]) -> None:
+def _check_excluded(adapter: AdapterConfig, every: Sequence[str]) -> None:
     excluded = adapter.exclude_modules
     if isinstance(excluded, str):
         compiled = _compiled("adapter.exclude_modules", excluded)
@@ -129,7 +129,7 @@ def _check_excluded(adapter: LoraAdapter, every: Sequence[str]) -> None:
             raise _no_match("adapter.exclude_modules", name, every, every)
 
 
-def _check_layers(adapter: LoraAdapter, skeleton: PreTrainedModel) -> None:
+def _check_layers(adapter: AdapterConfig, skeleton: PreTrainedModel) -> None:
     layers = int(skeleton.config.get_text_config().num_hidden_layers)
     beyond = [number for number in adapter.layers_to_transform or () if number >= layers]
     if beyond:

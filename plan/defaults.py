@@ -103,8 +103,21 @@ def batch_tokens_for(tokens_in_budget: float) -> int:
     return int(min(max(wanted, MIN_BATCH_TOKENS), MAX_BATCH_TOKENS))
 
 
+SVFIT_RATE = 20.0
+"""Of singular values over LoRA's: they are of the size of 1 to 100, LoRA's factors of a hundredth. Measured
+on SmolLM2-135M, 10 steps of 6 short rows, once: held-out loss 1.655 before, 1.592 at 5e-3, 1.561 at 2e-2 and
+1.573 at 6e-2."""
+
+
 def learning_rate_for(
-    *, adapter: bool, optimizer: str, parameters: int, batch_tokens: int, steps: int, pairs: bool = False
+    *,
+    adapter: bool,
+    optimizer: str,
+    parameters: int,
+    batch_tokens: int,
+    steps: int,
+    pairs: bool = False,
+    svfit: bool = False,
 ) -> float:
     """Peak learning rate, to two digits.
 
@@ -114,11 +127,12 @@ def learning_rate_for(
     1e-4. Batch: a weak growth, the fourth root, between 1 at 2,048 tokens and 2; AdamW wants sqrt at most
     (arXiv:2205.10287), and a fine-tune is far from the noise limit. Few steps: up to half as much again,
     there is less time to travel. All that is AdamW's; other optimizers take a multiple (`rate_over_adamw`).
-    Pairs: DPO_RATE of it.
+    Pairs: DPO_RATE of it. SVFit: SVFIT_RATE times LoRA's.
     """
     size = 135e6 / max(parameters, 1)
     rate = 1e-3 * min(size, 4.0) ** 0.25 if adapter else min(max(1e-4 * size**0.4, 2e-5), 1e-4)
     rate *= min(max(batch_tokens / 2048, 1.0) ** 0.25, 2.0)
     rate *= min(max((300 / max(steps, 1)) ** 0.25, 1.0), 1.5)
     rate *= DPO_RATE if pairs else 1.0
+    rate *= SVFIT_RATE if svfit else 1.0
     return float(f"{rate * rate_over_adamw(optimizer):.1e}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..models.attention import supports_packing
 from ..models.facts import ModelFacts
-from ..recipes import Recipe
+from ..recipes import Recipe, SvfitAdapter
 from ..schedules.limits import Limits
 from . import defaults
 from .alternatives import refuse
@@ -207,6 +207,7 @@ def _write(
             batch_tokens=step.tokens,
             steps=spending.timeline.steps,
             pairs=recipe.objective.name == "dpo",
+            svfit=isinstance(recipe.adapter, SvfitAdapter),
         )
     repeats = repeats_of(data, spending.timeline.tokens)
     decay = recipe.optimizer.weight_decay
@@ -219,7 +220,7 @@ def _write(
             steps=spending.timeline.steps,
         )
     checkpoint = checkpoint_bytes(sizes)
-    final = sizes.merged + sizes.exported + sizes.adapter
+    final = sizes.merged + sizes.exported + sizes.adapter_file
     kept = recipe.checkpoint.keep + 1 + int(recipe.checkpoint.keep_best)
     check_disk(
         recipe,

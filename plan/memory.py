@@ -53,8 +53,8 @@ class Sizes:
     teacher_first is there before training only. moved: what of the optimizer's state is not on the device.
     streamed: of the layers whose weights are on `weights_tier` and come when they are needed; weights and
     unquantised are then what is in memory of the base. exported: of the model that the export writes layer by
-    layer, and that is never in memory at once. held: what an engine that shards holds while it trains, in
-    place of weights, gradients and optimizer.
+    layer, and that is never in memory at once. adapter_file: of the adapter as it is exported. held: what an
+    engine that shards holds while it trains, in place of weights, gradients and optimizer.
     """
 
     weights: int
@@ -74,6 +74,7 @@ class Sizes:
     weights_tier: Tier = "device"
     streamed: int = 0
     exported: int = 0
+    adapter_file: int = 0
     held: Held | None = None
 
     @property

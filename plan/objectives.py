@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from ..models.facts import ModelFacts, read_facts
 from ..models.source import KEY
-from ..recipes import DistillObjective, DpoObjective, LoraAdapter, ModelConfig, Recipe, SftThenDpoObjective
+from ..recipes import (
+    AdapterConfig,
+    DistillObjective,
+    DpoObjective,
+    LoraAdapter,
+    ModelConfig,
+    Recipe,
+    SftThenDpoObjective,
+)
 from ..recipes.errors import UserError
 from .measurement import Measurement
 
@@ -134,10 +142,12 @@ def extra_of(recipe: Recipe, facts: ModelFacts, teacher: ModelFacts | None, item
     return Extra()
 
 
-def reference_is_frozen(objective: DpoObjective, adapter: LoraAdapter | None) -> bool:
+def reference_is_frozen(objective: DpoObjective, adapter: AdapterConfig | None) -> bool:
     """Whether the reference of dpo is a copy: as asked for, else unless the adapter, off, leaves the base."""
     if objective.reference is not None:
         return objective.reference == "frozen"
+    if adapter is not None and not isinstance(adapter, LoraAdapter):
+        return False
     if adapter is None or adapter.modules_to_save or adapter.bias != "none":
         return True
     start = adapter.init_lora_weights

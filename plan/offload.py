@@ -16,7 +16,7 @@ from ..offload.support import supports
 from ..optimizers import adamw, state_bytes
 from ..optimizers.build import asks_for_own_adamw
 from ..optimizers.roles import Slot
-from ..recipes import AdamW, DpoObjective, OffloadConfig, OptimizerConfig, QApollo, Recipe
+from ..recipes import AdamW, DpoObjective, LoraAdapter, OffloadConfig, OptimizerConfig, QApollo, Recipe
 from ..recipes.errors import UserError, in_columns
 from ..recipes.offload import Tier
 from .memory import Moved, Sizes
@@ -97,6 +97,8 @@ def _why_not_streamed(recipe: Recipe) -> str | None:
         return "its int8 weights are not streamed.\nTake another optimizer: optimizer=apollo"
     if recipe.train.wta_crs_ratio is not None:
         return "sampled weight gradients are not streamed.\nSet train.wta_crs_ratio=null"
+    if adapter is not None and not isinstance(adapter, LoraAdapter):
+        return f"adapter={adapter.name} starts from the singular vectors of all weights.\nSet adapter=lora"
     if adapter is not None:
         if adapter.use_dora:
             return "DoRA starts from the norms of all weights.\nSet adapter.use_dora=false"

@@ -15,7 +15,7 @@ from ..models.attention import use_packed_attention
 from ..models.facts import ModelFacts, build_skeleton
 from ..models.quiet import quiet_libraries
 from ..ops import use_fused, use_wta_crs
-from ..recipes import Recipe
+from ..recipes import LoraAdapter, Recipe
 
 # The embedding is a table look-up and the head is measured apart, so the copy needs few words.
 VOCABULARY = 512
@@ -39,12 +39,15 @@ def build_replica(
     adapter = recipe.adapter
     if adapter is not None:
         # Where the adapter starts costs neither bytes nor seconds, and layer numbers mean nothing here.
-        adapter = adapter.model_copy(
-            update={"init_lora_weights": True, "layers_to_transform": None, "rank_pattern": {}}
-        )
+        changes: dict[str, Any] = {"layers_to_transform": None}
+        if isinstance(adapter, LoraAdapter):
+            changes |= {"init_lora_weights": True, "rank_pattern": {}, "rank_allocation": "uniform"}
+        adapter = adapter.model_copy(update=changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT misses a name on the hub; nothing is saved
-        trained: nn.Module = attach(model, adapter, _facts_of(facts, config, model, layers), seed=0)
+        trained: nn.Module = attach(
+            model, adapter, _facts_of(facts, config, model, layers), seed=0, from_weights=False
+        )
     if recipe.train.fused_ops:
         use_fused(trained)
     if recipe.train.wta_crs_ratio is not None:

@@ -11,7 +11,7 @@ from ..models.facts import ModelFacts
 from ..offload.layer_layout import predicted_bytes
 from ..optimizers import gradient_elements, state_bytes, update_cost
 from ..optimizers.q_apollo import int8_bytes
-from ..recipes import QApollo, Recipe
+from ..recipes import QApollo, Recipe, SokaAdapter
 from ..recipes.offload import Tier
 from .engines import Counts, held_by
 from .memory import Sizes
@@ -46,14 +46,17 @@ def count_sizes(
     if weights_tier != "device":
         stream = predicted_bytes(facts.parameter_shapes, itemsize=itemsize)
     held = _held_bytes(recipe, facts, trained, itemsize) if stream is None else stream.memory
+    factor_bytes = (4 if isinstance(recipe.adapter, SokaAdapter) else itemsize) * trained.factors
+    held += factor_bytes
     own_bytes = itemsize * sum(slot.elements for slot in trained.own)
     added_bytes = 4 * trained.added_parameters  # adapters are float32
     merged = 0 if recipe.export.final in ("adapter", "none") else whole
     # PEFT trains a copy of `modules_to_save` beside the frozen original; `own` names only those without one.
     return Sizes(
         weights=held,
-        unquantised=whole if stream is None else held,
+        unquantised=whole + factor_bytes if stream is None else held,
         adapter=added_bytes,
+        adapter_file=added_bytes + 4 * trained.factors,
         trained=own_bytes + added_bytes,
         gradients=gradient_bytes(recipe, trained, itemsize),
         optimizer=state_bytes(recipe.optimizer, trained.slots, state_dtype(trained, precision)),

@@ -17,10 +17,14 @@ from ..recipes.errors import UserError
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained tensors: the model's own, and those that the adapter adds."""
+    """The trained tensors: the model's own, and those that the adapter adds.
+
+    factors: numbers that the adapter holds beside the base without training them.
+    """
 
     own: tuple[Slot, ...]
     added: tuple[Slot, ...]
+    factors: int = 0
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -42,23 +46,19 @@ def find_trained(recipe: Recipe, facts: ModelFacts) -> Trained:
     """What `recipe` trains. UserError: the adapter's targets do not match the model (from `adapters`)."""
     if recipe.adapter is None:
         return Trained(tuple(_ever_trained(recipe, slots(facts.skeleton()))), ())
-    from peft import get_peft_model
-
-    from ..adapters import lora_config
+    from ..adapters import frozen_factors, on_meta
     from ..models.quiet import quiet_libraries
 
-    # The start of the adapter needs weights, its shapes do not.
-    adapter = recipe.adapter.model_copy(update={"init_lora_weights": True})
-    with torch.device("meta"), quiet_libraries(), warnings.catch_warnings():
+    with quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT misses a name on the hub; nothing is saved
-        model = get_peft_model(facts.skeleton(), lora_config(adapter, facts))
+        model = on_meta(recipe.adapter, facts)
     base = {name for name, _ in facts.parameter_shapes}
     own: list[Slot] = []
     added: list[Slot] = []
     for slot in _ever_trained(recipe, slots(model)):
         plain = slot.name.removeprefix("base_model.model.").replace(".base_layer", "")
         (own if plain in base else added).append(slot)
-    return Trained(tuple(own), tuple(added))
+    return Trained(tuple(own), tuple(added), frozen_factors(model))
 
 
 def _ever_trained(recipe: Recipe, found: list[Slot]) -> list[Slot]:

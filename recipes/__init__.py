@@ -3,7 +3,7 @@
 Plain values: imports nothing else of shoestring, and no torch.
 """
 
-from .choices import AdapterConfig, LoraAdapter
+from .choices import AdapterConfig, LoraAdapter, SokaAdapter, SvfitAdapter
 from .engine import (
     AioConfig,
     DeepSpeedConfig,
@@ -140,8 +140,10 @@ __all__ = [
     "SftThenDpoObjective",
     "ShoestringError",
     "Soap",
+    "SokaAdapter",
     "Source",
     "SquareSchedule",
+    "SvfitAdapter",
     "TrackConfig",
     "TrainConfig",
     "UbaSchedule",

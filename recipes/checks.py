@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .adapter_checks import adapter_problems
 from .engine_checks import engine_problems
 from .objective_checks import objective_problems
 from .objectives import DpoObjective
@@ -19,7 +20,7 @@ def problems(recipe: "Recipe") -> list[Problem]:
         *_batch(recipe),
         *_sampling(recipe),
         *_optimizer(recipe),
-        *_adapter(recipe),
+        *adapter_problems(recipe),
         *_data(recipe),
         *_export(recipe),
         *engine_problems(recipe),
@@ -155,70 +156,6 @@ def _optimizer(recipe: "Recipe") -> list[Problem]:
                 "optimizer.max_grad_norm=null clips nothing.   Set optimizer.max_grad_norm=1.0, or leave "
                 "optimizer.clipping out",
                 ("optimizer.max_grad_norm",),
-            )
-        )
-    return found
-
-
-def _adapter(recipe: "Recipe") -> list[Problem]:
-    adapter, model = recipe.adapter, recipe.model
-    if adapter is None:
-        if not model.load_in_4bit:
-            return []
-        return [
-            Problem(
-                "model.load_in_4bit",
-                "model.load_in_4bit=true needs an adapter: 4-bit weights cannot be trained.   "
-                "Set adapter=lora, or model.load_in_4bit=false",
-                ("adapter",),
-            )
-        ]
-    found = []
-    start = adapter.init_lora_weights
-    if model.load_in_4bit and isinstance(start, str):
-        if start.startswith("pissa") or start == "orthogonal":
-            found.append(
-                Problem(
-                    "adapter.init_lora_weights",
-                    f"adapter.init_lora_weights={start} needs weights that are not quantised, and "
-                    "model.load_in_4bit=true.   Set model.load_in_4bit=false, or "
-                    "adapter.init_lora_weights=olora",
-                    ("model.load_in_4bit",),
-                )
-            )
-        elif start == "loftq":
-            found.append(
-                Problem(
-                    "adapter.init_lora_weights",
-                    "adapter.init_lora_weights=loftq quantises the weights itself and cannot start from "
-                    "model.load_in_4bit=true.   Set model.load_in_4bit=false, or "
-                    "adapter.init_lora_weights=true",
-                    ("model.load_in_4bit",),
-                )
-            )
-    if start == "orthogonal":
-        ranks = {
-            "adapter.r": adapter.r,
-            **{f"adapter.rank_pattern {k}": v for k, v in adapter.rank_pattern.items()},
-        }
-        found += [
-            Problem(
-                key.split(" ")[0],
-                f"{key}={rank} is odd, and adapter.init_lora_weights=orthogonal needs an even rank.   "
-                f"Take {rank + 1}",
-                ("adapter.init_lora_weights",),
-            )
-            for key, rank in ranks.items()
-            if rank % 2
-        ]
-    targets = adapter.target_modules
-    if adapter.layers_to_transform is not None and isinstance(targets, str) and targets != "all-linear":
-        found.append(
-            Problem(
-                "adapter.layers_to_transform",
-                "adapter.layers_to_transform needs adapter.target_modules as all-linear or a list of "
-                "names, not as a regular expression.   Put the layers into the expression instead",
-                ("adapter.target_modules",),
             )
         )
     return found

@@ -7,7 +7,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .section import Section
+from .section import Auto, Section
+
+Targets = Annotated[
+    str | Annotated[list[str], Field(min_length=1)],
+    Field(
+        description="`all-linear` (every linear layer but the output head), a list of module names, or "
+        "one regular expression for whole names."
+    ),
+]
+Excluded = Annotated[
+    str | list[str] | None,
+    Field(description="Modules to leave out: a list of names or one regular expression."),
+]
+Layers = Annotated[
+    list[Annotated[int, Field(ge=0)]] | None,
+    Field(description="Numbers of the layers that get an adapter; null is all."),
+]
 
 
 def _default_alpha(values: dict[str, Any]) -> int:
@@ -32,23 +48,21 @@ class LoraAdapter(Section):
         "(8 with use_rslora): with a constant alpha the best rate hardly moves when r changes.",
     )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    target_modules: str | Annotated[list[str], Field(min_length=1)] = Field(
-        default="all-linear",
-        description="`all-linear` (every linear layer but the output head), a list of module names, or "
-        "one regular expression for whole names.",
-    )
-    exclude_modules: str | list[str] | None = Field(
-        default=None, description="Modules to leave out: a list of names or one regular expression."
-    )
+    target_modules: Targets = "all-linear"
+    exclude_modules: Excluded = None
     modules_to_save: list[str] | None = Field(
         default=None,
         description="Modules trained whole beside the adapter, such as `[embed_tokens, lm_head]`.",
     )
-    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
-        default=None, description="Numbers of the layers that get an adapter; null is all."
-    )
+    layers_to_transform: Layers = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="Ranks for some modules: name or regular expression -> r."
+    )
+    rank_allocation: Literal["uniform", "block_influence", "angular_distance"] = Field(
+        default="uniform",
+        description="How `r` is shared out over the decoder layers, at the same number of parameters: the "
+        "same for each, or by how much a layer turns its input, as 1 - cosine (ShortGPT, arXiv:2403.03853) "
+        "or as an angle (CFSP, arXiv:2409.13199), measured on training rows before the run.",
     )
     alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="Alphas for some modules: name or regular expression -> lora_alpha."
@@ -86,4 +100,50 @@ class LoraAdapter(Section):
     )
 
 
-AdapterConfig = LoraAdapter
+class SvfitAdapter(Section):
+    """Trained singular values of each weight (arXiv:2409.05926); exported as plain LoRA."""
+
+    name: Literal["svfit"] = Field(
+        default="svfit", description="Singular values of the weights (arXiv:2409.05926)."
+    )
+    r: Auto[Annotated[int, Field(ge=1)]] = Field(
+        default=None,
+        description="How many of the largest singular values of each matrix are trained, at most all; "
+        "`auto` is as many as hold `energy`.",
+    )
+    energy: float = Field(
+        default=0.99,
+        gt=0,
+        le=1,
+        description="Share of the sum of squares of a matrix's singular values that `r: auto` reaches.",
+    )
+    target_modules: Targets = "all-linear"
+    exclude_modules: Excluded = None
+    layers_to_transform: Layers = None
+
+
+class SokaAdapter(Section):
+    """Trained Kronecker factors of each weight (arXiv:2506.15251)."""
+
+    name: Literal["soka"] = Field(
+        default="soka", description="Kronecker factors of the weights (arXiv:2506.15251)."
+    )
+    r: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="Most Kronecker terms of a matrix; it gets fewer where these hold `energy` or where its "
+        "spectrum turns flat before.",
+    )
+    energy: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the sum of squares of a matrix's Kronecker spectrum that is enough.",
+    )
+    target_modules: Targets = "all-linear"
+    exclude_modules: Excluded = None
+    layers_to_transform: Layers = None
+
+
+AdapterConfig = Annotated[LoraAdapter | SvfitAdapter | SokaAdapter, Field(discriminator="name")]

@@ -10,7 +10,8 @@ def variants(section: str) -> dict[str, dict[str, Any]]:
     """Definitions that a section may have: {"adamw": {...}, ...} for a choice by name, else {"": {...}}."""
     schema = plain_schema()
     declared = schema["properties"][section]
-    references = [declared, *declared.get("oneOf", []), *declared.get("anyOf", [])]
+    kinds = [declared, *declared.get("anyOf", [])]  # a choice that may be null is inside an anyOf
+    references = [reference for kind in kinds for reference in (kind, *kind.get("oneOf", []))]
     found = {}
     for reference in references:
         if "$ref" in reference:

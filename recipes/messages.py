@@ -100,7 +100,7 @@ def _sentence(details: ErrorDetails, path: KeyPath, values: dict[str, Any]) -> s
     schema = _schema(path, values)
     allowed = describe(schema, plain_schema()["$defs"])
     if len(path) == 1 and path[0] in SHORT_FORMS and "mapping" in allowed:
-        allowed = f"text, {allowed}" if allowed.startswith("null or") else f"text, or {allowed}"
+        allowed = f"text, {allowed}" if allowed.startswith("null") else f"text, or {allowed}"
     if given is None and "mapping" in allowed:
         default = "" if key in _FIXES else "leave the line out for the defaults, or "
         return f"{key} is empty; {default}give {allowed}"

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import WithDefaultSchema
 
 from .checks import problems
-from .choices import LoraAdapter
+from .choices import AdapterConfig, LoraAdapter
 from .engine import EngineConfig, NativeEngineConfig
 from .model_data import DataConfig, ModelConfig
 from .objectives import ObjectiveConfig, SftObjective
@@ -50,7 +50,7 @@ class Recipe(Section):
         "first to run out counts."
     )
     objective: ObjectiveConfig = Field(default_factory=SftObjective, description="What the loss is.")
-    adapter: LoraAdapter | None = Field(
+    adapter: AdapterConfig | None = Field(
         default_factory=LoraAdapter,
         description="What is trained beside the frozen model; left out it is LoRA of rank 16, and null "
         "trains every weight.",

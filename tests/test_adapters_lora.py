@@ -95,7 +95,7 @@ def test_starts_at_the_base_and_merges_to_the_trained(name: str, tied: bool) -> 
     base = model(of)
     before = base(IDS).logits.detach()
     adapter = LoraAdapter(r=8, **OPTIONS[name])
-    wrapped: Any = attach(base, adapter, facts(of), seed=3, eva_batches=batches()).eval()
+    wrapped: Any = attach(base, adapter, facts(of), seed=3, batches=batches()).eval()
     assert relative(wrapped(IDS).logits, before) < 5e-6
     counted = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
     if "eva" not in name:
@@ -169,7 +169,7 @@ def test_without_an_adapter_everything_is_trained() -> None:
 def test_eva_moves_ranks_and_keeps_their_sum() -> None:
     of = config()
     wrapped: Any = attach(
-        model(of), LoraAdapter(r=4, init_lora_weights="eva"), facts(of), seed=0, eva_batches=batches()
+        model(of), LoraAdapter(r=4, init_lora_weights="eva"), facts(of), seed=0, batches=batches()
     )
     ranks = [module.r["default"] for module in wrapped.modules() if hasattr(module, "lora_A")]
     assert sum(ranks) <= 4 * 14
@@ -252,7 +252,7 @@ def test_what_cannot_be_is_refused(name: str) -> None:
     keys, said = REFUSED[name]
     of = config()
     with pytest.raises(UserError) as caught:
-        attach(model(of), LoraAdapter(**keys), facts(of), seed=0, eva_batches=batches())
+        attach(model(of), LoraAdapter(**keys), facts(of), seed=0, batches=batches())
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 6
 

@@ -40,9 +40,7 @@ def base() -> LlamaForCausalLM:
 
 
 def attached(keys: dict[str, Any], train: bool, **more: Any) -> Any:
-    wrapped = attach(
-        base(), LoraAdapter(**{"r": 8, **keys}), FACTS, seed=3, eva_batches=BATCHES, **more
-    ).eval()
+    wrapped = attach(base(), LoraAdapter(**{"r": 8, **keys}), FACTS, seed=3, batches=BATCHES, **more).eval()
     if train:
         torch.manual_seed(1)
         with torch.no_grad():

@@ -94,7 +94,8 @@ AFTER = {
     ),
     "unknown_adapter": (
         "adapter: full\n",
-        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, or adapter: null to train every weight",
+        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, svfit or soka, or adapter: null to train every "
+        "weight",
     ),
     "unknown_objective": (
         "objective: kto\n",
@@ -144,8 +145,9 @@ AFTER = {
     ),
     "adapter_is_a_list": (
         "adapter: [1]\n",
-        "recipe.yaml:4  adapter is [1]; allowed: text, null or a mapping with name, r, use_rslora, "
-        "lora_alpha, lora_dropout, target_modules, ...",
+        "recipe.yaml:4  adapter is [1]; allowed: text, null, a mapping with name, r, use_rslora, "
+        "lora_alpha, lora_dropout, target_modules, ... or a mapping with name, r, energy, target_modules, "
+        "exclude_modules, layers_to_transform",
     ),
     "text_for_a_number": (
         "train: {per_device_train_batch_size: many}\n",

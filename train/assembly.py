@@ -11,14 +11,14 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from ..adapters import attach
+from ..adapters import adapter_lines, attach, looks_at_rows
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
 from ..ops import use_fused, use_int8_weights, use_wta_crs
 from ..optimizers import build_optimizer, share_line, slots, takes_matrices
 from ..optimizers.in_backward import BackwardStepper
 from ..plan import Plan, data_facts, make_plan, probe
-from ..recipes import DistillObjective, DpoObjective, OwnObjective, QApollo, Recipe
+from ..recipes import DistillObjective, DpoObjective, LoraAdapter, OwnObjective, QApollo, Recipe
 from ..recipes.errors import UserError
 from ..schedules import Clock, Limits
 from . import engines
@@ -26,7 +26,7 @@ from .engine import NativeEngine
 from .objectives import LossModule, build_objective
 from .offloading import place_activations, place_state
 from .parts import Saved
-from .rundir import RunDir
+from .rundir import RunDir, kept
 from .screen import Screen
 from .sharded import optimizer_of
 from .streaming import open_streamed, use_fused_streamed
@@ -78,14 +78,16 @@ def decide(
     *,
     share: float = 1.0,
 ) -> Plan:
-    """Made by the main process and sent to the others; a resumed run keeps the plan that it began with.
+    """Made by the main process and sent to the others; a resumed run keeps the plan that it began with, or
+    with another number of processes the steps of that plan.
 
     saved: that plan's file. share: of the budget, for one stage of several.
     """
     holder: list[Any] = [None]
     if accelerator.is_main_process:
-        if saved is not None:
-            plan = Plan.from_json(saved.read_text(encoding="utf-8"))
+        begun = None if saved is None else _begun_with(saved)
+        if begun is not None and begun.world_size == accelerator.num_processes:
+            plan = begun
         else:
             screen.status("measuring a small copy of the model")
             machine = probe(run_dir.path, device=str(accelerator.device))
@@ -99,10 +101,18 @@ def decide(
                 elapsed=elapsed,
                 share=share,
             )
+            if begun is not None:
+                plan = plan.with_steps_of(begun)
         holder = [plan.to_json()]
     if accelerator.num_processes > 1:
         broadcast_object_list(holder)
     return Plan.from_json(holder[0])
+
+
+def _begun_with(path: Path) -> Plan:
+    """The plan in a run's plan.json. UserError when it is none."""
+    with kept(path) as text:
+        return Plan.from_json(text)
 
 
 def teacher_of(
@@ -164,18 +174,20 @@ def build_engine(
     if plan.packed:
         use_packed_attention(model)
     adapter = recipe.adapter
-    loftq = adapter is not None and adapter.init_lora_weights == "loftq"
+    lora = adapter if isinstance(adapter, LoraAdapter) else None
+    loftq = lora is not None and lora.init_lora_weights == "loftq"
     trained = attach(
         model,
         adapter,
         facts,
         seed=recipe.train.seed,
-        eva_batches=_eva_batches(recipe, plan, data, device),
+        batches=_first_rows(data, device) if looks_at_rows(adapter) else None,
         original_weight=weight_reader(facts) if loftq and recipe.model.load_in_4bit else None,
         saved=checkpoint.json("adapter_config") if checkpoint is not None and adapter is not None else None,
         checkpointing="non_reentrant" if plan.activation_checkpointing else "none",
     )
     fused = [] if streamed is None else [*streamed.lines]
+    fused += adapter_lines(trained, adapter)
     if recipe.train.fused_ops:
         fused += use_fused(trained) if streamed is None else use_fused_streamed(streamed, trained)
     if recipe.train.wta_crs_ratio is not None:
@@ -188,7 +200,7 @@ def build_engine(
     optimizer = build_optimizer(
         trained,
         optimizer_of(recipe).model_copy(update={"weight_decay": plan.weight_decay}),
-        loraplus_lr_ratio=adapter.loraplus_lr_ratio if adapter else None,
+        loraplus_lr_ratio=lora.loraplus_lr_ratio if lora else None,
         seed=recipe.train.seed,
     )
     if takes_matrices(recipe.optimizer):
@@ -206,12 +218,8 @@ def build_engine(
     return engine, fused
 
 
-def _eva_batches(
-    recipe: Recipe, plan: Plan, data: Prepared, device: torch.device
-) -> list[dict[str, Any]] | None:
-    """Rows for EVA's look at the activations; padded, since PEFT reads an attention mask."""
-    if recipe.adapter is None or recipe.adapter.init_lora_weights != "eva":
-        return None
+def _first_rows(data: Prepared, device: torch.device) -> list[dict[str, Any]]:
+    """Rows for a look at the activations before training; padded, since PEFT reads an attention mask."""
     batches = []
     for start in range(0, min(64, len(data.train)), 4):
         batch = collate(data.train, list(range(start, min(start + 4, len(data.train)))), packed=False).to(

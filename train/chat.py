@@ -38,6 +38,8 @@ def load_final(run: Path) -> tuple[Any, Any]:
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
+        from .. import adapters  # noqa: F401 - PEFT knows ours then
+
         model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safely)

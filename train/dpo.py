@@ -28,17 +28,18 @@ from torch.nn.functional import logsigmoid
 from ..data import Batch
 from ..ops import Int8Weight, token_log_probs
 from ..ops.int8_weight import from_plain, to_plain
+from ..recipes.choices import LoraAdapter
 from ..recipes.errors import UserError
 from .supervised import base_model, head_is_plain, trained_hidden, trained_logits
 
 if TYPE_CHECKING:
-    from ..recipes import DpoObjective, LoraAdapter
+    from ..recipes import AdapterConfig, DpoObjective
 
 Kind = Literal["adapter_off", "frozen"]
 _CHANGES_THE_BASE = ("olora", "pissa", "loftq")
 
 
-def reference_kind(config: DpoObjective, adapter: LoraAdapter | None) -> Kind:
+def reference_kind(config: DpoObjective, adapter: AdapterConfig | None) -> Kind:
     """Which reference model a run of dpo has: what the recipe says, or what is right and costs the least.
 
     Raises:
@@ -52,13 +53,19 @@ def reference_kind(config: DpoObjective, adapter: LoraAdapter | None) -> Kind:
         )
     if config.reference is not None:
         return config.reference
-    return "frozen" if why_not or (adapter is not None and adapter.modules_to_save) else "adapter_off"
+    return (
+        "frozen"
+        if why_not or (isinstance(adapter, LoraAdapter) and adapter.modules_to_save)
+        else "adapter_off"
+    )
 
 
-def _why_not_off(adapter: LoraAdapter | None) -> str:
+def _why_not_off(adapter: AdapterConfig | None) -> str:
     """Why the model with its adapter off is not the model that training begins with; empty where it is."""
     if adapter is None:
         return "needs an adapter, and adapter=null trains every weight"
+    if not isinstance(adapter, LoraAdapter):  # their start is the base, which they leave as it is
+        return ""
     start = adapter.init_lora_weights
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         return f"is not the model at the start: adapter.init_lora_weights={start} changes the base weights"

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ..adapters import compare_logits, load_adapter_state, merge_in_place, save_adapter
+from ..adapters import (
+    SvfitConfig,
+    compare_logits,
+    load_adapter_state,
+    merge_in_place,
+    reading_lora,
+    save_adapter,
+)
 from ..models import plain_attention
 from ..offload.streamed_model import StreamedModel
 from ..recipes.errors import ShoestringError
@@ -133,8 +140,13 @@ def _compare_adapter(
 
     PiSSA, OLoRA and LoftQ adapters are written for the base as it was published, which is not in memory any
     more: there the numbers in the file are compared with those in memory, which `save_adapter` converted.
+    SVFit is written as LoRA, and the trained layers compute with what that file says.
     """
     dtype: torch.dtype = base_model(model).get_input_embeddings().weight.dtype
+    peft_config: Any = model.peft_config
+    if isinstance(peft_config["default"], SvfitConfig):
+        with reading_lora(model, folder):
+            return compare_logits(reference, model_logits(model, probe), dtype=dtype)
     if getattr(model, "initial_adapter", None) is None:
         load_adapter_state(model, folder)
     return compare_logits(reference, model_logits(model, probe), dtype=dtype)

@@ -38,7 +38,7 @@ from .supervised import (
 )
 
 if TYPE_CHECKING:
-    from ..recipes import LoraAdapter
+    from ..recipes import AdapterConfig
     from .teacher import Teacher
 
 __all__ = [
@@ -91,7 +91,7 @@ def build_objective(
     config: ObjectiveConfig,
     model: nn.Module,
     *,
-    adapter: LoraAdapter | None = None,
+    adapter: AdapterConfig | None = None,
     teacher: Teacher | None = None,
 ) -> Objective:
     """The objective that a recipe names, for a model that is ready to train.

@@ -25,7 +25,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 LAYERS = (
     {"train"},
     {"plan"},
-    {"adapters", "checkpoint", "data", "models"},
+    {"adapters", "checkpoint", "data", "models", "pruning"},
     {"offload"},
     {"optimizers", "schedules"},
     {"ops"},

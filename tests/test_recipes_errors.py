@@ -94,8 +94,8 @@ AFTER = {
     ),
     "unknown_adapter": (
         "adapter: full\n",
-        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, svfit or soka, or adapter: null to train every "
-        "weight",
+        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, svfit or soka, or adapter: null to train "
+        "every weight",
     ),
     "unknown_objective": (
         "objective: kto\n",

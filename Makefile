@@ -28,10 +28,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/shoestring train cpu-demo --fresh
 
-# A thread each; a third worker on two cores, since many tests wait for processes. DeepSpeed changes PyTorch for
-# the rest of a process, so that what other tests measure to the byte is no longer true: its tests have processes
-# of their own.
-ALONE := tests/test_engine_runs.py tests/test_engine_processes.py
+# A thread each; a third worker on two cores, since many tests wait for processes. Apart, with two workers: what
+# lands on real clocks, and DeepSpeed, which changes PyTorch for the rest of a process, so that what other tests
+# measure to the byte is no longer true.
+ALONE := tests/test_engine_runs.py tests/test_engine_processes.py tests/test_clock_real.py
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup tests $(addprefix --ignore=,$(ALONE))
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ALONE)

@@ -124,49 +124,55 @@ class ShardedSnapshotter:
 
         Raises, in all processes, what went wrong in one of them.
         """
-        own, state = self.own, _READY
-        failure, self._failure = self._failure, None
-        what: Contents | None = None
-        needed = 0
-        try:
-            if failure is not None:
-                raise failure
-            own.raise_failure()
-            named = {"snapshot": f"{self._session:x}-{step}", "ranks": self.ranks, "pieces": describe(pieces)}
-            tensors = {file: {name: p.data for name, p in group.items()} for file, group in pieces.items()}
-            what = contents(tensors, {PIECES.removesuffix(".json"): named, **json})
-            needed = what.data_bytes
-            if own.busy:
-                state = _BUSY
-            elif self._parity is not None and not own.fits(what, most=self._parity.most):
-                state = _SMALL
-        except (ShoestringError, OSError, TypeError, ValueError) as error:
-            failure, state = error, _FAILED
-        answers = self._ask(state, needed, 0 if self._parity is None else self._parity.most)
-        if _FAILED in answers[:, 0]:
-            self._all(failure)
-        if _BUSY in answers[:, 0]:
-            own.skipped += 1
+        what, state, failure = self._look(step, pieces, json)
+        known = 0 if self._parity is None else self._parity.most
+        answers = self._ask(state, 0 if what is None else what.data_bytes, known)
+        if self._off(answers[:, 0], failure):
+            self.own.skipped += 1
             return False
         assert what is not None
+        if self._parity is not None and (_SMALL in answers[:, 0] or bool((answers[:, 2] != known).any())):
+            self._parity.most = int(answers[:, 1].max()) + _GROWTH
         prepared = None
         try:
-            if self._parity is not None:
-                known = answers[:, 2]
-                if _SMALL in answers[:, 0] or bool((known != known[0]).any()):
-                    self._parity.most = int(answers[:, 1].max()) + _GROWTH
-            prepared = own.prepare(step, what)
+            prepared = self.own.prepare(step, what)
         except (ShoestringError, OSError) as error:
             failure = error
-        claimed = self._ask(_FAILED if failure else _BUSY if prepared is None else _READY)[:, 0]
-        if (claimed == _READY).all() and prepared is not None:
-            own.start(prepared)
+        claims = self._ask(_FAILED if failure else _BUSY if prepared is None else _READY)[:, 0]
+        if prepared is not None and bool((claims == _READY).all()):
+            self.own.start(prepared)
             return True
         if prepared is not None:
             prepared.abandon()
-        if _FAILED in claimed:
-            self._all(failure)
+        self._off(claims, failure)
         return False
+
+    def _look(
+        self, step: int, pieces: Pieces, json: Mapping[str, Any]
+    ) -> tuple[Contents | None, int, Exception | None]:
+        """What is to be saved here, whether it can be, and why not."""
+        failure, self._failure = self._failure, None
+        named = {"snapshot": f"{self._session:x}-{step}", "ranks": self.ranks, "pieces": describe(pieces)}
+        tensors = {
+            file: {name: piece.data for name, piece in group.items()} for file, group in pieces.items()
+        }
+        try:
+            if failure is not None:
+                raise failure
+            self.own.raise_failure()
+            what = contents(tensors, {PIECES.removesuffix(".json"): named, **json})
+        except (ShoestringError, OSError, TypeError, ValueError) as error:
+            return None, _FAILED, error
+        if self.own.busy:
+            return what, _BUSY, None
+        small = self._parity is not None and not self.own.fits(what, most=self._parity.most)
+        return what, _SMALL if small else _READY, None
+
+    def _off(self, states: Tensor, failure: Exception | None) -> bool:
+        """Whether all skip this one. Raises, in all processes, when one has failed."""
+        if _FAILED in states:
+            self._all(failure)
+        return _BUSY in states
 
     def wait(self) -> None:
         """Return when the tensors may change. What went wrong with the copy is raised by the next `begin`, in

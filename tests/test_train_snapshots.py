@@ -27,24 +27,16 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_train_snapshots"])
 STEPS, DIES_AT = 12, 8
 EVERY_STEP = {"every": 5, "keep_best": False, "in_memory": True, "snapshot_every": 1}
+# What goes into a snapshot of each optimizer is in test_train_snapshot_contents.py.
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {},
     "dropout": {"adapter": {"name": "lora", "r": 4, "lora_dropout": 0.2}},
     "eva": {"adapter": {"name": "lora", "r": 4, "init_lora_weights": "eva"}},
-    "all weights": {"adapter": None},
     "8-bit state": {"adapter": None, "optimizer": {"name": "adamw", "learning_rate": 1e-3, "state_bits": 8}},
     "steps in backward": {
         "adapter": None,
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "step_in_backward": True},
     },
-    "apollo": {"adapter": None, "optimizer": {"name": "apollo", "learning_rate": 1e-3}},
-    "schedule-free": {
-        "adapter": None,
-        "schedule": "constant",
-        "optimizer": {"name": "schedule_free_adamw", "learning_rate": 1e-3},
-    },
     "accumulation": {"train": {"batch_tokens": 256, "gradient_accumulation_steps": 4}},
-    "epochs": {"train": {"batch_tokens": 512}},
 }
 
 

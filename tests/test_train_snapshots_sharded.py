@@ -21,7 +21,7 @@ from shoestring.train import loop
 from shoestring.train.launch import _free_port
 from shoestring.train.run import train_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("engines")]
+pytestmark = pytest.mark.slow
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 BETWEEN_DEATHS = 6 * 3600.0
 """Mean seconds between two deaths of a process (a crash, memory that runs out, a kill): an assumption."""
@@ -30,3 +31,11 @@ def snapshot_interval(
     ratio = cost / (2 * between)
     interval = math.sqrt(2 * cost * between) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
     return max(interval, at_least)
+
+
+def interval_by_cost(blocking: float, copying: float) -> float:
+    """Seconds between two snapshots, of which the last one held the training up for `blocking` seconds and
+    was copied in `copying`, which took one of its processors for that time.
+    """
+    cost = max(1e-4, blocking + copying / (os.cpu_count() or 1))
+    return snapshot_interval(cost, BETWEEN_DEATHS, at_least=MOST_OFTEN)

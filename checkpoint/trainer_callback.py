@@ -11,7 +11,6 @@ backward passes of step N+1.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from itertools import zip_longest
@@ -24,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..recipes.errors import ShoestringError, UserError
 from .aside import sweep
 from .generators import random_state
-from .interval import BETWEEN_DEATHS, MOST_OFTEN, snapshot_interval
+from .interval import interval_by_cost
 from .keeper_settings import KeeperSettings
 from .reading import newest
 from .retention import prune
@@ -212,9 +211,7 @@ class SnapshotCallback(TrainerCallback):
         waited for that, and the processor's time that copying it took.
         """
         before, self._waited = self._waited, snapshotter.waited_seconds
-        copying = snapshotter.copy_seconds / (os.cpu_count() or 1)
-        cost = max(1e-4, begun + self._waited - before + copying)
-        return snapshot_interval(cost, BETWEEN_DEATHS, at_least=MOST_OFTEN)
+        return interval_by_cost(begun + self._waited - before, snapshotter.copy_seconds)
 
     def _guarded(self, call: Callable[[], object]) -> None:
         """What goes wrong with snapshots does not stop the training: the Trainer's checkpoints go on."""

@@ -16,7 +16,7 @@ import torch
 from hf_trainer import trainer
 from keeper_processes import QUICK, no_keeper_left
 from safetensors.torch import load_file
-from shoestring.checkpoint import SnapshotCallback, Snapshotter, keeping, snapshot_interval, trainer_callback
+from shoestring.checkpoint import SnapshotCallback, Snapshotter, keeping, snapshot_interval
 from shoestring.checkpoint import snapshot as snapshot_module
 from shoestring.checkpoint.errors import BrokenCheckpoint
 from shoestring.checkpoint.trainer_folder import check_folder
@@ -158,7 +158,7 @@ def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken_at(monkeypatch, tmp_path / "steps", every_steps=2) == [2, 4]
     assert taken_at(monkeypatch, tmp_path / "seconds", every_seconds=1e-9) == [1, 2, 3, 4, 5]
     assert taken_at(monkeypatch, tmp_path / "rarely", every_seconds=3600) == [1]
-    monkeypatch.setattr(trainer_callback, "MOST_OFTEN", 600.0)
+    monkeypatch.setattr("shoestring.checkpoint.interval.MOST_OFTEN", 600.0)
     assert taken_at(monkeypatch, tmp_path / "daly") == [1]
 
 

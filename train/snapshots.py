@@ -7,15 +7,14 @@ hold the state each has a keeper of its own for its shard (shard_taking.py).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Protocol, Self
 
 from accelerate import Accelerator
 
-from ..checkpoint import ShardedSnapshotter, Snapshotter, snapshot_interval
-from ..checkpoint.interval import BETWEEN_DEATHS, MOST_OFTEN
+from ..checkpoint import ShardedSnapshotter, Snapshotter
+from ..checkpoint.interval import interval_by_cost
 from ..plan import scratch_folder
 from ..plan.snapshots import in_shards, why_no_snapshots
 from ..recipes import Every, Recipe
@@ -142,13 +141,9 @@ class Snapshots:
             cadence.every = Every(seconds=self._interval(taker, time.perf_counter() - began))
 
     def _interval(self, taker: Taker, begun: float) -> float:
-        """Seconds between two: what one costs is the time to begin it, what steps waited for it, and the
-        processor's time that copying took from them.
-        """
+        """Seconds between two: what one costs is the time to begin it, what steps waited for it, the copy."""
         before, self._waited = self._waited, taker.waited_seconds
-        copying = taker.copy_seconds / (os.cpu_count() or 1)
-        cost = max(1e-4, begun + self._waited - before + copying)
-        return snapshot_interval(cost, BETWEEN_DEATHS, at_least=MOST_OFTEN)
+        return interval_by_cost(begun + self._waited - before, taker.copy_seconds)
 
     def _guarded(self, call: Callable[[], object]) -> None:
         """What goes wrong with snapshots does not stop the training: the checkpoints on the disk go on."""

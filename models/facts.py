@@ -98,6 +98,12 @@ def read_facts(model: ModelConfig) -> ModelFacts:
     return _describe(source, config, skeleton, fingerprint, model.trust_remote_code)
 
 
+def facts_of_skeleton(skeleton: PreTrainedModel, facts: ModelFacts) -> ModelFacts:
+    """`facts`, of a changed copy of its skeleton: other shapes, the same source."""
+    config = skeleton.config
+    return _describe(facts.location, config, skeleton, facts.fingerprint, facts.trust_remote_code)
+
+
 def _describe(
     source: Source,
     config: PretrainedConfig,

@@ -29,7 +29,7 @@ def require_gguf(path: Path) -> None:
 
 
 def gguf_config(header: GGUFHeader) -> PretrainedConfig:
-    """The configuration, with what transformers leaves out: the vocabulary's size, Llama 3's rotary scaling.
+    """The configuration, with what transformers leaves out: vocabulary, width of a head, Llama 3's rotation.
 
     Raises:
         UserError: transformers cannot read this architecture, or its rotary frequencies are scaled in an
@@ -50,6 +50,9 @@ def gguf_config(header: GGUFHeader) -> PretrainedConfig:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is not None:
         config.get_text_config().vocab_size = embedding.shape[0]
+    head_dim = header.metadata.get(f"{header.architecture}.attention.key_length")
+    if head_dim is not None and hasattr(config.get_text_config(), "head_dim"):
+        config.get_text_config().head_dim = head_dim
     if "rope_freqs.weight" in header.tensors and header.architecture == "llama":
         _set_llama3_rotary(config, header)
     return config
@@ -70,7 +73,7 @@ def _set_llama3_rotary(config: PretrainedConfig, header: GGUFHeader) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    if not np.allclose(stored, _llama3_divisors(rule, len(stored)), rtol=1e-4):
+    if not np.allclose(stored, llama3_divisors(rule, len(stored)), rtol=1e-4):
         raise UserError(
             f"{KEY}: {header.path} scales its rotary frequencies in a way that transformers cannot read "
             "from GGUF.\n"
@@ -79,9 +82,7 @@ def _set_llama3_rotary(config: PretrainedConfig, header: GGUFHeader) -> None:
     config.rope_parameters = dict(rule)
 
 
-def _llama3_divisors(
-    rule: dict[str, float | str], count: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def llama3_divisors(rule: dict[str, float | str], count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """What each rotary frequency is divided by: 1 for short waves, `factor` for long, blended between."""
     factor, low, high = (float(rule[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = float(rule["original_max_position_embeddings"])

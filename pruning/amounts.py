@@ -45,7 +45,7 @@ def amounts_for(
         UserError: the ratio is not in (0, 1), the parts are not possible or do not reach the ratio, or no
             class holds the biases.
     """
-    _check(anatomy, ratio, parts)
+    check_request(anatomy, ratio, parts, "all parameters")
     if compensate:
         check_biases(anatomy, down="neurons" in parts, o="groups" in parts)
     first, layers = anatomy.blocks[0], len(anatomy.blocks)
@@ -95,19 +95,24 @@ def prunable_parameters(anatomy: Anatomy, parts: Collection[str]) -> int:
     return total
 
 
-def _check(anatomy: Anatomy, ratio: float, parts: Collection[str]) -> None:
+def check_request(anatomy: Anatomy, ratio: float, parts: Collection[str], of: str) -> None:
+    """Refuse a ratio or parts that no model could meet, and layers that differ already.
+
+    Raises:
+        UserError: with what is allowed.
+    """
     if not 0 < ratio < 1:
-        raise UserError(f"pruning.ratio: {ratio} is not a share of all parameters; allowed is 0 < ratio < 1.")
+        raise UserError(f"pruning.ratio: {ratio} is not a share of {of}; allowed is 0 < ratio < 1.")
     if not parts or set(parts) - set(PARTS) or ("blocks" in parts and len(set(parts)) > 1):
         raise UserError(
             f"pruning.parts: {sorted(parts)} is not possible; allowed are neurons, groups, both, or blocks "
             "alone.\n  For depth and width prune twice: blocks first."
         )
-    shapes = {(block.neurons, block.groups) for block in anatomy.blocks}
+    shapes = {(b.neurons, b.groups, b.query_dim, b.value_dim) for b in anatomy.blocks}
     if len(shapes) > 1:
         raise UserError(
-            f"pruning.ratio: layers differ in width: {sorted(shapes)} (neurons, groups); equal ones are "
-            "needed here.\n  Give the counts of each layer yourself: keep_counts."
+            f"pruning.ratio: layers differ in width: {sorted(shapes)} (neurons, groups, channels of heads of "
+            "q, of v); equal ones are needed here.\n  Give the counts of each layer yourself: keep_counts."
         )
     if set(parts) == {"groups"} and anatomy.blocks[0].groups == 1:
         raise UserError(

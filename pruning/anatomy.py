@@ -4,6 +4,10 @@ A *neuron* is one row of gate_proj and of up_proj with one column of down_proj. 
 head of keys and values: k and v of that head, the q heads that read it, and their columns of o_proj; without
 grouped queries it is one head. Query heads of a group are never separated, since plain configs hold one
 number of query heads for all groups. A *block* is a whole decoder layer.
+
+Inside the heads: a *pair* is what rotary positions turn together, channel i and i + h/2 of a head of k and of
+the q heads that read it; a *value* is a channel of a head of v with the columns of o_proj that read it.
+Layers that lost some of these compute with the attention of modeling_pruned.py.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ _CLASSES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
 }
+# the classes of modeling_pruned.py
+_PRUNED = {f"Pruned{name}": family for name, family in _CLASSES.items()}
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -38,7 +44,8 @@ class Block:
     """One decoder layer: gate and up [D, d], down [d, D], q [G·g·h, d], k and v [G·h, d], o [d, G·g·h].
 
     D neurons, d channels, G groups of g query heads, h `head_dim`. The counts follow the modules, so they are
-    true after a removal too.
+    true after a removal too. Where heads were narrowed, h is `query_dim` in q and k, `value_dim` in v and o,
+    and `pairs` says which of the head_dim/2 pairs each group kept.
     """
 
     layer: nn.Module
@@ -51,6 +58,18 @@ class Block:
     o: nn.Linear
     head_dim: int
     heads_per_group: int
+    value_dim: int
+    pairs: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def query_dim(self) -> int:
+        """Channels of a head of q and of k."""
+        return self.head_dim if self.pairs is None else 2 * len(self.pairs[0])
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether q and k, or v, have heads narrower than `head_dim`."""
+        return self.query_dim != self.head_dim or self.value_dim != self.head_dim
 
     @property
     def neurons(self) -> int:
@@ -60,12 +79,12 @@ class Block:
     @property
     def groups(self) -> int:
         """Heads of keys and values."""
-        return self.k.out_features // self.head_dim
+        return self.v.out_features // self.value_dim
 
     @property
     def group_width(self) -> int:
         """Columns of o_proj that one group feeds."""
-        return self.heads_per_group * self.head_dim
+        return self.heads_per_group * self.value_dim
 
     @property
     def neuron_parameters(self) -> int:
@@ -76,10 +95,27 @@ class Block:
     @property
     def group_parameters(self) -> int:
         """Parameters that leave with one group."""
-        rows = 0
-        for linear, heads in ((self.q, self.heads_per_group), (self.k, 1), (self.v, 1)):
-            rows += heads * (linear.in_features + (linear.bias is not None))
-        return self.head_dim * (rows + self.heads_per_group * self.o.out_features)
+        return self.query_dim // 2 * self._pair_cost + self.value_dim * self._value_cost
+
+    @property
+    def pair_parameters(self) -> int:
+        """Parameters that leave when every group loses one pair."""
+        return self.groups * self._pair_cost
+
+    @property
+    def value_parameters(self) -> int:
+        """Parameters that leave when every group loses one value."""
+        return self.groups * self._value_cost
+
+    @property
+    def _pair_cost(self) -> int:
+        queries = self.heads_per_group * (self.q.in_features + (self.q.bias is not None))
+        return 2 * (queries + self.k.in_features + (self.k.bias is not None))
+
+    @property
+    def _value_cost(self) -> int:
+        values = self.v.in_features + (self.v.bias is not None)
+        return values + self.heads_per_group * self.o.out_features
 
     @property
     def parameters(self) -> int:
@@ -117,10 +153,11 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         UserError: another architecture, or linear layers that are adapters, quantised or replaced.
     """
-    family = _CLASSES.get(type(model).__name__)
+    name = type(model).__name__
+    family = _CLASSES.get(name) or _PRUNED.get(name)
     if family is None:
         raise UserError(
-            f"pruning: {type(model).__name__} is not known here; known are {', '.join(_CLASSES)}.\n"
+            f"pruning: {name} is not known here; known are {', '.join(_CLASSES)}.\n"
             "  Merge an adapter into its base first; of a model with images prune the text model."
         )
     base: Any = model.model
@@ -130,10 +167,18 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
 
 def _block(layer: Any, index: int) -> Block:
     linears = dict(_linears(layer, index))
-    head_dim = int(layer.self_attn.head_dim)
+    attention = layer.self_attn
+    pairs = getattr(attention, "rotary_pairs", None)
     per_group = linears["q_proj"].out_features // linears["k_proj"].out_features
     short = {name.removesuffix("_proj"): linear for name, linear in linears.items()}
-    return Block(layer=layer, head_dim=head_dim, heads_per_group=per_group, **short)
+    return Block(
+        layer=layer,
+        head_dim=int(attention.head_dim),
+        heads_per_group=per_group,
+        value_dim=int(getattr(attention, "value_width", attention.head_dim)),
+        pairs=None if pairs is None else tuple(map(tuple, pairs)),
+        **short,
+    )
 
 
 def _linears(layer: Any, index: int) -> Iterator[tuple[str, nn.Linear]]:

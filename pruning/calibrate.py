@@ -2,9 +2,9 @@
 
 The hidden states of all batches lie on the host, one block at a time is on the device. Host: tokens · d
 values of the model's type (replaced in place, block after block), and of each block that the caller keeps
-16 · (D + G·g·h) bytes, with `covariance` 8 · D² more. Device: one block, one batch's activations inside it,
-some copies of 4096 rows of D in float64, and that block's statistics. The blocks' masks and rotations are
-kept once for each shape of batch.
+16 · (D + G·g·h) bytes, with `covariance` 8 · D² more, with `heads` 8 · G·h · (h + g + 1) more. Device: one
+block, one batch's activations inside it, some copies of 4096 rows of D in float64, and that block's
+statistics. The blocks' masks and rotations are kept once for each shape of batch.
 
 All blocks see what the unpruned model computes: every method here decides before anything is removed.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..recipes.errors import UserError
 from .anatomy import Anatomy, Block, read_anatomy
+from .head_sums import HeadSums
 from .statistics import ROWS, BlockStats, Channels
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ def calibrate(
     *,
     device: torch.device | None = None,
     covariance: bool = False,
+    heads: bool = False,
 ) -> Iterator[BlockStats]:
     """Statistics of one block after the other, first to last.
 
     `batches` are token ids, int64 [sequences, length] without padding. `device` computes, by default the one
     that the model is on; each block comes back to where it was. With `covariance`, take each block's
-    statistics and let go of them before the next: 8 · D² bytes each.
+    statistics and let go of them before the next: 8 · D² bytes each. `heads` adds what modegpt_heads.py asks
+    about q, k and v.
 
     Raises:
         UserError: no batches, or the model's blocks do not call their projections as modules.
@@ -48,7 +51,7 @@ def calibrate(
     hidden, arguments, sequences = _enter(anatomy, list(batches), device)
     for index, block in enumerate(anatomy.blocks):
         arguments_here = {shape: given[index] for shape, given in arguments.items()}
-        yield _run_block(block, index, hidden, arguments_here, sequences, device, covariance)
+        yield _run_block(block, index, hidden, arguments_here, sequences, device, covariance, heads)
 
 
 @torch.no_grad()
@@ -108,6 +111,7 @@ def _run_block(
     sequences: int,
     device: torch.device | None,
     covariance: bool,
+    with_heads: bool,
 ) -> BlockStats:
     """Replace `hidden` by the block's outputs; what was seen on the way."""
     home = block.down.weight.device
@@ -120,6 +124,7 @@ def _run_block(
         for name, linear in (("mlp", block.down), ("attention", block.o))
     ]
     mlp, attention = (Channels.empty(linear.in_features, place) for linear in (block.down, block.o))
+    heads = HeadSums(block, place) if with_heads else None
     gram = (
         torch.zeros(block.neurons, block.neurons, dtype=torch.float64, device=place) if covariance else None
     )
@@ -144,7 +149,7 @@ def _run_block(
             influence = influence + (1 - cosine).sum()
             hidden[number] = y.to(HOST)
     finally:
-        for hook in hooks:
+        for hook in [*hooks, *(heads.hooks if heads is not None else ())]:
             hook.remove()
         block.layer.to(home).train(was_training)
     tokens = mlp.count
@@ -156,6 +161,7 @@ def _run_block(
         float(angles) / tokens,
         float(influence) / tokens,
         None if gram is None else gram.to(HOST),
+        None if heads is None else heads.result(),
     )
 
 

@@ -23,11 +23,23 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Values:
+    """Narrower heads of v and o: `v` [G·r, d], `bias` [G·r] where v_proj has one, `o` [d, G·g·r]; float64."""
+
+    width: int
+    v: Tensor
+    o: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
     """Indices that stay, ascending int64, of each block of the model before the removal.
 
     `blocks` are the layers that stay. `down_weight[l]` [d, kept neurons] replaces what slicing would leave of
-    block l's down_proj; `down_bias[l]` and `o_bias[l]` [d] are added to the biases.
+    block l's down_proj; `down_bias[l]` and `o_bias[l]` [d] are added to the biases. `pairs[l]` [G, p] are the
+    rotary pairs that each group's heads of q and k keep, ascending, and `values[l]` replaces v_proj and
+    o_proj; layers without an entry keep all.
     """
 
     neurons: tuple[Tensor, ...]
@@ -36,6 +48,8 @@ class Cut:
     down_weight: Mapping[int, Tensor] = field(default_factory=dict)
     down_bias: Mapping[int, Tensor] = field(default_factory=dict)
     o_bias: Mapping[int, Tensor] = field(default_factory=dict)
+    pairs: Mapping[int, Tensor] = field(default_factory=dict)
+    values: Mapping[int, Values] = field(default_factory=dict)
 
 
 def everything(anatomy: Anatomy) -> Cut:
@@ -76,6 +90,12 @@ def removed(kept: Tensor, total: int) -> Tensor:
     stays = torch.zeros(total, dtype=torch.bool)
     stays[kept] = True
     return (~stays).nonzero().flatten()
+
+
+def pair_channels(kept: Tensor, width: int) -> Tensor:
+    """Pairs [H, p] of H heads that are `width` wide: their channels among H · width, [H · 2p]."""
+    start = torch.arange(len(kept))[:, None] * width
+    return torch.cat([start + kept, start + kept + width // 2], dim=1).flatten()
 
 
 def spread(groups: Tensor, width: int) -> Tensor:

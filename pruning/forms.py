@@ -44,6 +44,15 @@ def groups_that_save(anatomy: Anatomy, *, down: bool, o: bool) -> list[int]:
     ]
 
 
+def groups_to_declare(anatomy: Anatomy) -> int:
+    """At least the groups of the widest layer, so that the family's config takes the number of heads."""
+    first, most = anatomy.blocks[0], max(block.groups for block in anatomy.blocks)
+    hidden = first.q.in_features
+    if anatomy.family not in _DIVIDES:
+        return most
+    return next(n for n in range(most, hidden + 1) if hidden % (n * first.heads_per_group) == 0)
+
+
 def check_biases(anatomy: Anatomy, *, down: bool, o: bool) -> None:
     """Refuse biases that no plain class of this family can hold, before they are added.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .anatomy import Anatomy, Block
@@ -21,10 +22,11 @@ def _neurons(block: Block) -> Tensor:
 
 
 def _groups(block: Block) -> Tensor:
-    shape = (block.groups, -1)
-    queries = _squares(block.q.weight, 1) + _squares(block.o.weight, 0)
-    keys = _squares(block.k.weight, 1) + _squares(block.v.weight, 1)
-    return (queries.reshape(shape).sum(dim=1) + keys.reshape(shape).sum(dim=1)).sqrt()
+    rows = ((block.q.weight, 1), (block.o.weight, 0), (block.k.weight, 1), (block.v.weight, 1))
+    total = torch.zeros(block.groups, dtype=torch.float64)
+    for weight, dim in rows:
+        total += _squares(weight, dim).reshape(block.groups, -1).sum(dim=1)
+    return total.sqrt()
 
 
 def _squares(weight: Tensor, dim: int) -> Tensor:

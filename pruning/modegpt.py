@@ -5,9 +5,7 @@
 is how much of neuron j the others cannot say: of two equal neurons each has about half. λ is the mean of C's
 diagonal here (the scale-free choice is ours). The kept neurons get the least-squares down_proj of refit.py.
 
-The paper's types II and III shorten the heads of q and k, and of v and o, to different widths, and RoPE's
-frequencies belong to the pairs that stay. Plain configs hold one `head_dim` for all of them with frequencies
-counted from it, so what these types leave cannot be loaded; they are not here.
+Types II and III, which narrow the heads, are in modegpt_heads.py.
 """
 
 from __future__ import annotations

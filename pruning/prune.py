@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..recipes.errors import UserError
 from .amounts import Amounts, amounts_for, prunable_parameters
 from .anatomy import Anatomy, read_anatomy
+from .asked import JUDGED, Method, RatioOf, Widths, check_method, check_target, check_updates
 from .calibrate import calibrate
 from .cfsp import cfsp_counts, cfsp_scores, cfsp_shares, cfsp_weighted_scores
-from .cut import Cut, Scores, everything, highest, keep_counts, keep_uniform
+from .cut import Cut, Scores, Values, everything, highest, keep_counts, keep_uniform
 from .flap import flap_compensation, flap_counts, flap_scores
 from .foldgpt import foldgpt_blocks, learn_gates
+from .head_amounts import HEAD_PARTS, HeadAmounts, head_amounts_for
+from .latency import Latency, Times, amounts_for_latency, compare_forwards, measure_times
 from .magnitude import magnitude_scores
 from .modegpt import leverage_scores
+from .modegpt_heads import kept_pairs, value_factors
 from .random_choice import random_blocks, random_scores
+from .record import describe, digest
 from .refit import RIDGE, refit_weight
 from .remove import remove
 from .shortgpt import shortgpt_blocks
@@ -31,32 +35,19 @@ from .wanda import wanda_scores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Method = Literal[
-    "random", "magnitude", "wanda", "flap", "cfsp", "cfsp_weighted", "modegpt", "shortgpt", "foldgpt"
-]
-Widths = Literal["uniform", "per_layer"]
-_PARTS: dict[str, tuple[str, ...]] = {
-    "random": ("neurons", "groups", "blocks"),
-    "magnitude": ("neurons", "groups"),
-    "wanda": ("neurons", "groups"),
-    "flap": ("neurons", "groups"),
-    "cfsp": ("neurons",),
-    "cfsp_weighted": ("neurons",),
-    "modegpt": ("neurons",),
-    "shortgpt": ("blocks",),
-    "foldgpt": ("blocks",),
-}
-_UNEVEN = ("flap", "cfsp", "cfsp_weighted")
-
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was done: the cut, the parameters before and after, and a record for `save_pruned`."""
+    """What was done: the cut, the parameters before and after, and a record for `save_pruned`.
+
+    `latency` is there when the ratio was one of the forward time.
+    """
 
     cut: Cut
     before: int
     after: int
     record: Mapping[str, Any]
+    latency: Latency | None = None
 
     @property
     def ratio(self) -> float:
@@ -80,38 +71,60 @@ def prune(
     seed: int = 0,
     device: torch.device | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    ratio_of: RatioOf = "parameters",
+    latency_tokens: int = 1,
+    times: Times | None = None,
 ) -> Pruned:
-    """Remove `ratio` of all parameters in place.
+    """Remove `ratio` of all parameters, or of the forward time, in place.
 
     `batches` are token ids [sequences, length] without padding; magnitude and random look at none unless
-    `refit` or `compensate` does. `parts` are neurons, groups (of heads), both, or blocks; by default the
-    first that the method judges. `refit` fits down_proj again to the neurons that stay (modegpt always does):
+    `refit` or `compensate` does. `parts` are neurons, groups (of heads), both, or blocks; of modegpt neurons,
+    queries (rotary pairs of q and k) and values (of v and o) in any union; by default the first that the
+    method judges. `refit` fits down_proj again to the neurons that stay (modegpt always does):
     8 · D² bytes and a second pass over the batches. `compensate` puts the removed channels' mean effect into
     biases (FLAP). Refitting looks at the uncentred activations, compensation at their mean: one or the other.
     `ridge` draws a refit towards slicing (refit.py).
     `gate_steps` is for foldgpt, `seed` for random; `device` is where blocks are calibrated (gates are
     learned where the model is).
 
+    With `ratio_of` latency the time of a forward of `latency_tokens` tokens is measured where the model is,
+    at some widths (latency.py), and once more before and after with a copy of the model; with `times` it is
+    what these say, and nothing is measured. Widths per layer then leave as many parameters as even ones.
+
     Raises:
         UserError: what is asked for does not go together, or does not fit the model.
     """
-    chosen = _check(method, tuple(parts or _PARTS[method][:1]) if method in _PARTS else (), widths)
-    _check_updates(method, chosen, refit=refit, compensate=compensate, ridge=ridge)
+    chosen = check_method(method, tuple(parts or JUDGED[method][:1]) if method in JUDGED else (), widths)
+    check_updates(method, chosen, refit=refit, compensate=compensate, ridge=ridge)
     anatomy = read_anatomy(model)
-    before = anatomy.parameters
-    amounts = amounts_for(anatomy, ratio, parts=chosen, multiple=multiple, compensate=compensate)
-    digest = ""
+    check_target(ratio_of, chosen, anatomy.family, tokens=latency_tokens, timed=times is not None)
+    before, latency, original = anatomy.parameters, None, None
+    amounts: Amounts | HeadAmounts
+    if ratio_of == "latency":
+        rules: dict[str, Any] = {"parts": chosen, "multiple": multiple}
+        clock = times or measure_times(anatomy, tokens=latency_tokens, **rules)
+        rules["compensate"] = compensate
+        amounts, latency = amounts_for_latency(anatomy, ratio, clock, tokens=latency_tokens, **rules)
+        original = None if times is not None else copy.deepcopy(model)
+    elif set(chosen) & set(HEAD_PARTS):
+        amounts = head_amounts_for(anatomy, ratio, parts=chosen, multiple=multiple)
+    else:
+        amounts = amounts_for(anatomy, ratio, parts=chosen, multiple=multiple, compensate=compensate)
+    scores_digest = ""
     if chosen == ("blocks",):
+        assert isinstance(amounts, Amounts)
         cut = _blocks(anatomy, batches, method, amounts.blocks, gate_steps, seed, device)
     elif method == "modegpt":
-        cut = _modegpt(anatomy, batches, amounts.neurons, ridge, device)
+        cut = _modegpt(anatomy, batches, amounts, ridge, device)
     else:
+        assert isinstance(amounts, Amounts)
         stats: list[BlockStats] = []
         if method not in ("random", "magnitude") or compensate:
             stats = list(calibrate(model, batches, device=device))
         scores = _scores(anatomy, stats, method, seed)
-        digest = _digest([*scores.neurons, *scores.groups])
-        cut = _choose(anatomy, scores, stats, chosen, amounts, ratio, method, widths, multiple)
+        scores_digest = digest([*scores.neurons, *scores.groups])
+        share = amounts.ratio if latency is not None else ratio
+        cut = _choose(anatomy, scores, stats, chosen, amounts, share, method, widths, multiple)
         if compensate:
             down, o = flap_compensation(anatomy, stats, cut)
             cut = dataclasses.replace(cut, down_bias=down, o_bias=o)
@@ -120,27 +133,23 @@ def prune(
             cut = dataclasses.replace(cut, down_weight=weights)
     remove(model, cut, optimizer=optimizer)
     after = read_anatomy(model).parameters
-    record = {
+    if latency is not None and original is not None:
+        seconds = compare_forwards([original, model], latency_tokens)
+        latency = dataclasses.replace(latency, measured_before=seconds[0], measured_after=seconds[1])
+    asked = {
         "method": method,
         "ratio_wanted": ratio,
-        "ratio": 1 - after / before,
-        "parameters_before": before,
-        "parameters": after,
+        "ratio_of": ratio_of,
         "parts": list(chosen),
         "widths": widths,
         "multiple": multiple,
-        "refit": refit or method == "modegpt",
+        "refit": refit or (method == "modegpt" and "neurons" in chosen),
         "ridge": ridge,
         "compensated": compensate,
         "seed": seed,
-        "blocks": list(cut.blocks),
-        "neurons": [kept.tolist() for kept in cut.neurons],
-        "groups": [kept.tolist() for kept in cut.groups],
-        "scores_sha256": digest,
-        "calibration_sha256": _digest(batches),
-        "calibration_tokens": sum(ids.numel() for ids in batches),
+        "scores_sha256": scores_digest,
     }
-    return Pruned(cut, before, after, record)
+    return Pruned(cut, before, after, describe(asked, cut, before, after, batches, latency), latency)
 
 
 def refit_all(
@@ -225,59 +234,32 @@ def _blocks(
 
 
 def _modegpt(
-    anatomy: Anatomy, batches: Sequence[Tensor], keep: int, ridge: float, device: torch.device | None
+    anatomy: Anatomy,
+    batches: Sequence[Tensor],
+    amounts: Amounts | HeadAmounts,
+    ridge: float,
+    device: torch.device | None,
 ) -> Cut:
-    neurons, weights = [], {}
-    for stats in calibrate(anatomy.model, batches, device=device, covariance=True):
-        assert stats.covariance is not None  # asked for
-        neurons.append(highest(leverage_scores(stats.covariance), keep))
-        down = anatomy.blocks[stats.index].down.weight
-        weights[stats.index] = refit_weight(down, stats.covariance, neurons[-1], ridge=ridge)
-    return dataclasses.replace(everything(anatomy), neurons=tuple(neurons), down_weight=weights)
-
-
-def _check(method: str, parts: tuple[str, ...], widths: str) -> tuple[str, ...]:
-    if method not in _PARTS:
-        raise UserError(f"pruning.method: {method} is not one of {', '.join(get_args(Method))}.")
-    wrong = sorted(set(parts) - set(_PARTS[method]))
-    if wrong:
-        raise UserError(
-            f"pruning.parts: {method} does not judge {', '.join(wrong)}; "
-            f"allowed are {', '.join(_PARTS[method])}."
-        )
-    if widths not in get_args(Widths):
-        raise UserError(f"pruning.widths: {widths} is not one of {', '.join(get_args(Widths))}.")
-    if widths == "per_layer" and method not in _UNEVEN:
-        raise UserError(
-            f"pruning.widths: {method} has no rule for widths per layer; {', '.join(_UNEVEN)} have.\n"
-            "  Use widths: uniform."
-        )
-    return tuple(sorted(set(parts)))
-
-
-def _check_updates(
-    method: str, parts: tuple[str, ...], *, refit: bool, compensate: bool, ridge: float
-) -> None:
-    if not 0 < ridge < float("inf"):
-        raise UserError(
-            f"pruning.ridge: {ridge} is not possible; allowed is a number above 0, such as {RIDGE}."
-        )
-    if refit and (compensate or "neurons" not in parts):
-        raise UserError(
-            "pruning.refit: it fits down_proj to fewer neurons, so parts needs neurons, and it already "
-            "carries their mean.\n  Leave out refit or compensate."
-        )
-    if compensate and (parts == ("blocks",) or method == "modegpt"):
-        raise UserError(
-            f"pruning.compensate: {method} on {', '.join(parts)} leaves no channels' means to put into a "
-            "bias.\n  Leave it out."
-        )
-
-
-def _digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of shapes and values."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
+    """Types I, II and III, each where its width falls; one pass over the batches."""
+    first = anatomy.blocks[0]
+    pairs, values = first.query_dim // 2, first.value_dim
+    if isinstance(amounts, HeadAmounts):
+        pairs, values = amounts.pairs, amounts.values
+    whole = everything(anatomy)
+    neurons = list(whole.neurons)
+    weights: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
+    factors: dict[int, Values] = {}
+    fewer = amounts.neurons < first.neurons
+    heads = pairs < first.query_dim // 2 or values < first.value_dim
+    for stats in calibrate(anatomy.model, batches, device=device, covariance=fewer, heads=heads):
+        index, block = stats.index, anatomy.blocks[stats.index]
+        if stats.covariance is not None:
+            neurons[index] = highest(leverage_scores(stats.covariance), amounts.neurons)
+            down = block.down.weight
+            weights[index] = refit_weight(down, stats.covariance, neurons[index], ridge=ridge)
+        if stats.heads is not None and pairs < block.query_dim // 2:
+            kept[index] = kept_pairs(block, stats.heads, pairs)
+        if stats.heads is not None and values < block.value_dim:
+            factors[index] = value_factors(block, stats.heads, values)
+    return Cut(tuple(neurons), whole.groups, whole.blocks, down_weight=weights, pairs=kept, values=factors)

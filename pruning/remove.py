@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, Block, read_anatomy
 from .cut import Cut, removed, spread
 from .forms import check_biases
+from .narrow import check_heads, cut_linear, mask_heads, narrow_heads
 from .optimizer_state import Follower
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def remove(model: PreTrainedModel, cut: Cut, *, optimizer: torch.optim.Optimizer
 
     Parameters become new objects; the optimizer's groups get them in the same places, without those of
     removed blocks and with new biases at the end of the group of their weight. Layers may keep different
-    numbers: the model then computes as it should, but no plain file holds it (save.py, pad.py).
+    numbers: the model then computes as it should, but no plain file holds it (save.py, pad.py). Gradients
+    of v_proj and o_proj are dropped where their values are replaced.
 
     Raises:
         UserError: states that cannot be cut, or biases that no class of this family holds; nothing has
@@ -38,8 +40,14 @@ def remove(model: PreTrainedModel, cut: Cut, *, optimizer: torch.optim.Optimizer
     follower = _begin(anatomy, cut, optimizer)
     _update(anatomy, cut, follower)
     for index, block in enumerate(anatomy.blocks):
+        narrow_heads(block, cut.pairs.get(index), cut.values.get(index), follower)
+    anatomy = read_anatomy(model)
+    for index, block in enumerate(anatomy.blocks):
+        if block.pairs is not None:
+            attention: Any = block.layer.self_attn
+            attention.rotary_pairs = [list(block.pairs[group]) for group in cut.groups[index].tolist()]
         for linear, dim, kept in _slices(block, cut, index):
-            _slice(linear, dim, kept, follower)
+            cut_linear(linear, dim, kept, follower)
     gone = removed(torch.tensor(cut.blocks), len(anatomy.blocks)).tolist()
     if follower is not None:
         follower.drop([p for index in gone for p in anatomy.blocks[index].layer.parameters()])
@@ -55,6 +63,7 @@ def mask(model: PreTrainedModel, cut: Cut) -> None:
     anatomy = read_anatomy(model)
     _update(anatomy, cut, _begin(anatomy, cut, None))
     for index, block in enumerate(anatomy.blocks):
+        mask_heads(block, cut.pairs.get(index), cut.values.get(index))
         for linear, dim, kept in _slices(block, cut, index):
             gone = removed(kept, linear.weight.shape[dim]).to(linear.weight.device)
             linear.weight.index_fill_(dim, gone, 0)
@@ -73,6 +82,7 @@ def _begin(anatomy: Anatomy, cut: Cut, optimizer: torch.optim.Optimizer | None) 
     if len(cut.neurons) != layers or len(cut.groups) != layers or not set(cut.blocks) <= set(range(layers)):
         raise ValueError(f"the cut is of {len(cut.neurons)} layers, the model has {layers}")
     check_biases(anatomy, down=bool(cut.down_bias), o=bool(cut.o_bias))
+    check_heads(anatomy, cut, optimizer)
     if optimizer is None:
         return None
     return Follower(
@@ -80,7 +90,8 @@ def _begin(anatomy: Anatomy, cut: Cut, optimizer: torch.optim.Optimizer | None) 
         [
             parameter
             for index, block in enumerate(anatomy.blocks)
-            for linear, _, _ in _slices(block, cut, index)
+            for linear in [each for each, _, _ in _slices(block, cut, index)]
+            + [block.q, block.k] * (index in cut.pairs)
             for parameter in linear.parameters()
         ],
     )
@@ -123,23 +134,10 @@ def _slices(block: Block, cut: Cut, index: int) -> Iterator[tuple[nn.Linear, int
     if len(neurons) < block.neurons:
         yield from ((block.gate, 0, neurons), (block.up, 0, neurons), (block.down, 1, neurons))
     if len(groups) < block.groups:
-        queries, keys = spread(groups, block.group_width), spread(groups, block.head_dim)
-        yield from ((block.q, 0, queries), (block.k, 0, keys), (block.v, 0, keys), (block.o, 1, queries))
-
-
-def _slice(linear: nn.Linear, dim: int, kept: Tensor, follower: Follower | None) -> None:
-    for name in ("weight", "bias") if dim == 0 else ("weight",):
-        old = getattr(linear, name)
-        if old is None:
-            continue
-        index = kept.to(old.device)
-        new = nn.Parameter(old.detach().index_select(dim, index), requires_grad=old.requires_grad)
-        if old.grad is not None:
-            new.grad = old.grad.index_select(dim, index)
-        setattr(linear, name, new)
-        if follower is not None:
-            follower.replace(old, new, index, dim)
-    linear.out_features, linear.in_features = linear.weight.shape
+        queries = spread(groups, block.heads_per_group * block.query_dim)
+        yield from ((block.q, 0, queries), (block.k, 0, spread(groups, block.query_dim)))
+        outputs = spread(groups, block.group_width)
+        yield from ((block.v, 0, spread(groups, block.value_dim)), (block.o, 1, outputs))
 
 
 def _configure(anatomy: Anatomy, cut: Cut) -> None:

@@ -1,26 +1,32 @@
-"""Save a pruned model so that plain transformers loads it, with nothing of ours.
+"""Save a pruned model so that transformers loads it without this package.
 
-The class is the model's own where its config allows the shape, else one that computes the same (forms.py):
-a Llama with a number of heads that does not divide its hidden size becomes a `mistral`, a Mistral or Qwen2
-with compensating biases a `llama`. Beside the weights lies `pruning.json`: what was kept, by which method.
+`uniform` files are read by a plain class of transformers: the model's own where its config allows the shape,
+else one that computes the same (forms.py): a Llama with a number of heads that does not divide its hidden
+size becomes a `mistral`, a Mistral or Qwen2 with compensating biases a `llama`. `per_layer` holds any widths,
+with model code of its own (per_layer.py). Beside the weights lies `pruning.json`: what was kept, by which
+method.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from ..recipes.errors import UserError
 from .anatomy import Anatomy, read_anatomy
 from .forms import choose_form
+from .pad import pad
+from .per_layer import save_per_layer, stock, stock_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Form = Literal["uniform", "per_layer", "padded"]
 RECORD = "pruning.json"
 _SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -36,16 +42,37 @@ def save_pruned(
     *,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
+    form: Form = "uniform",
 ) -> str:
     """Write weights, config, generation config, tokenizer and `record`; the model type that was written.
+
+    `uniform` needs layers of one width. `per_layer` holds any, and is loaded with `trust_remote_code=True` or
+    by `load_pruned`. `padded` fills a copy of the model with zeros up to the widest layer (pad.py), which is
+    plain again: twice the memory while it is written.
 
     The files hold the weights' own type. The model is not changed. Writes into `folder` as save_pretrained
     does, not atomically.
 
     Raises:
-        UserError: layers of different widths, or a shape that no plain class holds.
+        UserError: another form, layers of different widths, or a shape that no plain class holds.
     """
+    if form not in get_args(Form):
+        raise UserError(f"pruning.form: {form} is not one of {', '.join(get_args(Form))}.")
+    if form == "padded":
+        model = copy.deepcopy(model)
+        pad(model)
     anatomy = read_anatomy(model)
+    written = save_per_layer(anatomy, folder) if form == "per_layer" else _save_plain(anatomy, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if record is not None:
+        text = json.dumps(dict(record), indent=1, allow_nan=False)
+        (Path(folder) / RECORD).write_text(text + "\n", encoding="utf-8")
+    return written
+
+
+def _save_plain(anatomy: Anatomy, folder: Path) -> str:
+    model = anatomy.model
     _check_even(anatomy)
     form = choose_form(anatomy)
     target = _shell(anatomy, form)
@@ -60,22 +87,22 @@ def save_pruned(
     target.tie_weights()
     target.generation_config = model.generation_config
     target.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if record is not None:
-        text = json.dumps(dict(record), indent=1, allow_nan=False)
-        (Path(folder) / RECORD).write_text(text + "\n", encoding="utf-8")
     return form
 
 
 def _check_even(anatomy: Anatomy) -> None:
     neurons = sorted({block.neurons for block in anatomy.blocks})
     groups = sorted({block.groups for block in anatomy.blocks})
+    if any(block.is_narrow for block in anatomy.blocks):
+        raise UserError(
+            "pruning.form: heads of q and k, or of v, were narrowed and plain configs hold one head_dim for "
+            "all three.\n  Save with form: per_layer, or padded for evaluation."
+        )
     if len(neurons) > 1 or len(groups) > 1:
         raise UserError(
             "pruning: the layers differ in width and plain configs hold one: neurons "
             f"{neurons[0]} to {neurons[-1]}, groups of heads {groups[0]} to {groups[-1]}.\n"
-            "  Prune with widths: uniform, or pad the model with zeros for evaluation: pad(model)."
+            "  Prune with widths: uniform, or save with form: per_layer, or padded for evaluation."
         )
 
 
@@ -84,13 +111,18 @@ def _shell(anatomy: Anatomy, form: str) -> Any:
     import transformers
 
     config: Any = anatomy.model.config
-    kind: Any = type(anatomy.model)
+    kind: Any = stock(type(anatomy.model))
+    first = anatomy.blocks[0]
+    counts = {  # configs of form per_layer may declare more heads than there are
+        "num_key_value_heads": first.groups,
+        "num_attention_heads": first.groups * first.heads_per_group,
+        "intermediate_size": first.neurons,
+    }
     if form == anatomy.family:
         # made anew, so that the class's own rules are checked
-        plain = type(config).from_dict(config.to_dict())
+        plain = stock(type(config)).from_dict({**stock_values(config), **counts})
     else:
-        given: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
-        first = anatomy.blocks[0]
+        given: dict[str, Any] = {name: getattr(config, name) for name in _SHARED} | counts
         if form == "mistral":
             kind = transformers.MistralForCausalLM
             plain = transformers.MistralConfig(**given, sliding_window=None)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .modegpt_heads import HeadStats
+
 # Rows that are converted to float64 at once: bounds the copy at 4096 · 8 bytes a channel.
 ROWS = 4096
 
@@ -68,7 +70,7 @@ class BlockStats:
     `mlp` and `attention` describe the inputs of down_proj and of o_proj. `angular` is the mean over tokens of
     arccos(cos(x_in, x_out))/π and `influence` the mean of 1 − cos (Block Influence, arXiv 2403.03853), of the
     block's input and output. `covariance` is Σ_t h_t h_tᵀ of down_proj's input, float64 [D, D], uncentred;
-    None when it was not asked for.
+    None when it was not asked for, and so is `heads`.
     """
 
     index: int
@@ -78,3 +80,4 @@ class BlockStats:
     angular: float
     influence: float
     covariance: Tensor | None
+    heads: HeadStats | None = None

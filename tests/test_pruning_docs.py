@@ -11,7 +11,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "pruning.md"
 def test_the_examples_run(capsys, tmp_path):
     text = PAGE.read_text(encoding="utf-8")
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names: dict[str, object] = {"folder": tmp_path / "pruned"}
     for block in blocks:
         told = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]

@@ -10,7 +10,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 ROOMS = ("adapters", "benchmarks", "checkpoint", "data", "models", "offload", "ops", "optimizers", "plan",
-         "recipes", "schedules", "src", "train")  # fmt: skip
+         "pruning", "recipes", "schedules", "src", "train")  # fmt: skip
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MODULES = PICKLES | {"pty", "commands", "telnetlib"}
 NAMES = {"eval", "exec", "compile", "__import__"}

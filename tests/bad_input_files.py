@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import tiny
 
 RECIPE = """\
@@ -96,7 +97,10 @@ def _process(argv: list[str], folder: Path) -> Outcome:
     command = [sys.executable, "-c", "from shoestring.train.cli import main; main()", *argv]
     if argv[0] == "train":
         command = [sys.executable, "-m", "shoestring.train", *argv[1:]]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    if "HF_HUB_OFFLINE" in os.environ:  # read when the library is imported
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    else:
+        done = forked.run(command, cwd=folder, timeout=240)
     return Outcome(done.returncode, done.stderr if done.returncode else done.stdout)
 
 

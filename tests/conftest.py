@@ -1,11 +1,14 @@
-"""For all tests: training inside the test process must leave the process as it was."""
+"""For all tests: training inside the test process must leave the process as it was; long files come first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import shoestring.plan.measure
 import shoestring.train.run
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,3 +20,31 @@ def _allocator_left_alone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shoestring.train.run, "keep_freed_memory", lambda: False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _measured_once() -> Iterator[None]:
+    """The same model with the same settings is measured once a process; that is half of a tiny run's time.
+
+    What tests the measurement itself calls it by the name that it has imported, and gets the real one.
+    """
+    real, found = shoestring.plan.measure.measure, {}
+
+    def once(recipe: Any, facts: Any, device: Any, setting: Any) -> Any:
+        others = {"data", "budget", "eval", "checkpoint", "track", "export", "output_dir", "optimizer"}
+        kept = recipe.model_dump_json(exclude={"model": {"model_name_or_path"}} | dict.fromkeys(others, True))
+        config = facts.config.to_dict() | {"_name_or_path": ""}
+        key = (kept, str(config), device, setting, torch.get_num_threads())
+        if key not in found:
+            found[key] = real(recipe, facts, device, setting)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shoestring.plan.measure, "measure", once)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: with several workers, the last one to end then ends with short ones."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

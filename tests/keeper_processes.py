@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint import KeeperSettings, Snapshot, Snapshotter
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.checkpoint.snapshot", "shoestring.checkpoint.reading", "pytest"])
 
 QUICK = KeeperSettings(lease=60, heartbeat=0.1, patience=5)
 

@@ -5,7 +5,6 @@ After each snapshot that is published a process tells its step. `value_at` says 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -16,11 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import CONTEXT
 from shoestring.checkpoint import KeeperSettings, ShardedSnapshotter
 from shoestring.checkpoint.pieces import share_of
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.checkpoint.sharded_snapshot", "shoestring.checkpoint.reading"])
 
 SHAPE = (700, 129)
 

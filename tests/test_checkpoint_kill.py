@@ -4,7 +4,6 @@ After every kill, before anything else: the newest checkpoint is whole, is no ol
 `save` returned, holds one step and not a mixture, and nothing is left behind.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint import newest, prune, save, set_best
 from shoestring.checkpoint.aside import aside, sweep
 
 # Real processes from a server that has imported torch once: a kill costs milliseconds, not the import.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.checkpoint.store", "shoestring.checkpoint.reading", "pytest"])
 
 
 def put(run: Path, step: int) -> Path:

@@ -6,7 +6,6 @@ Start-up takes much of these budgets, and the machine that runs tests is busy: b
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,12 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import tiny
+from forked import CONTEXT
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real clock")]
 
-# Real processes from a server that has imported everything once: most of a start is imports.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest"])
 
 BUDGET = 24.0
 OVER = 1.5

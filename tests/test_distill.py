@@ -6,12 +6,12 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import tiny
@@ -263,15 +263,11 @@ test_distill.opened(folders, [rows], Path(sys.argv[4]), teacher_logits="stored",
 @pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:
     arguments = [str(Path(__file__).parent), *map(str, folders), str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    for _ in range(8):
-        assert process.stdout.readline().strip() == "asked"
+    output = tmp_path / "output"
+    process = forked.Popen([sys.executable, "-c", KILLED, *arguments], output=output)
+    while not output.exists() or output.read_text().count("asked") < 8:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (store,) = (tmp_path / "killed" / "teacher").iterdir()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny
 import torch
@@ -71,11 +71,10 @@ def runs(tmp_path_factory: Any) -> Path:
     }
     script = Path(__file__).with_name("engine_processes.py")
     children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), *PAUSED],
+        forked.Popen(
+            [sys.executable, script, folder, *PAUSED],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"stderr-{rank}").open("w"),
+            errors=folder / f"stderr-{rank}",
         )
         for rank in range(2)
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny
 import torch
@@ -159,14 +159,7 @@ def test_a_tensor_without_columns_is_refused() -> None:
 @needs_deepspeed
 def test_the_same_as_a_slow_one() -> None:
     script = Path(__file__).with_name("engine_zenflow.py")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forked.run([sys.executable, script])
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
     results = json.loads(lines[0].removeprefix("RESULTS "))
@@ -187,7 +180,7 @@ def test_the_same_as_a_slow_one() -> None:
 
 
 def run(recipe: Path, output: str, *arguments: str) -> str:
-    done = subprocess.run(
+    done = forked.run(
         [
             sys.executable,
             "-c",
@@ -198,10 +191,7 @@ def run(recipe: Path, output: str, *arguments: str) -> str:
             *arguments,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
         timeout=400,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint import Snapshotter, load_optimizer_state, optimizer_state
 from shoestring.offload import offload_optimizer
 from shoestring.offload.direct_file import DirectFile
@@ -26,8 +26,6 @@ from torch import nn
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.snapshot_state", "pytest", "test_offload_shadow_kills"])
 KIB = 1024
 KILLS = 24
 Named = list[tuple[str, nn.Parameter]]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny
 from plan_cases import Meter, machine, recipe, rows
@@ -320,21 +320,20 @@ def test_real_processes_hold_what_the_plan_says(tmp_path: Path) -> None:
             eval={"samples": 0},
             export={"final": "none"},
         )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    if processes > 1:
-        environment |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-        }
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
     script = Path(__file__).with_name("engine_memory.py")
     children = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=(tmp_path / f"stderr-{rank}").open("w"),
+        forked.Popen(
+            [sys.executable, script, tmp_path],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            errors=tmp_path / f"stderr-{rank}",
         )
         for rank in range(processes)
     ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import malicious
 import pyarrow as pa
 import pytest
@@ -156,7 +156,7 @@ def in_a_process(path: Path) -> str:
         "from shoestring.recipes.errors import UserError\n"
         "try: print(len(list(read_file(Path(sys.argv[1])))))\nexcept UserError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    done = forked.run([sys.executable, "-c", code, path], timeout=60)
     assert done.returncode == 0, done
     return done.stdout
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 from bad_input_files import Case, line, run_case, sound_folder
@@ -63,14 +63,12 @@ def test_a_run_with_secrets_around_it_keeps_none(tmp_path: Path) -> None:
     seen.mkdir()
     environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", SPY, str(seen), "train", str(recipe)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, cwd=tmp_path, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = forked.run(command, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     names = {path.name for path in files}
     assert {"report.html", "events.jsonl", "environment.json", "memory", "environ", "trainer.json"} <= names
-    files |= {Path("stdout"): done.stdout, Path("stderr"): done.stderr}
+    files |= {Path("stdout"): done.stdout.encode(), Path("stderr"): done.stderr.encode()}
     for name, secret in SECRETS.items():
         for word in {secret, secret.partition("bee:")[2].partition("@")[0] or secret}:
             assert [str(path) for path, data in files.items() if contains(data, word)] == [], name

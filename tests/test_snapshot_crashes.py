@@ -6,7 +6,6 @@ Its budget only goes down: no crash gives back a second, a token or a step.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -14,15 +13,13 @@ from typing import Any
 
 import pytest
 import shoestring.train.building as building
+from forked import CONTEXT
 from keeper_processes import no_keeper_left
 from shoestring.train import loop
 from test_train_snapshots import STEPS, one_thread, recipe, result, train
 
 __all__ = ["no_keeper_left", "one_thread"]  # fixtures, for every test here
 pytestmark = pytest.mark.slow
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_snapshot_crashes"])
 
 
 def die(path: Path, moment: int | str) -> None:

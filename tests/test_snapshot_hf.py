@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import CONTEXT
 from hf_trainer import PER_EPOCH, STEPS, trainer
 from keeper_processes import QUICK, keepers_of, kill, no_keeper_left, until
 from shoestring.checkpoint import SnapshotCallback
@@ -20,10 +20,6 @@ from transformers.trainer_utils import get_last_checkpoint
 __all__ = ["no_keeper_left"]  # a fixture, for every test here
 
 pytestmark = pytest.mark.slow
-
-# Real processes from a server that has imported everything once: most of a start is imports.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.checkpoint.trainer_callback", "pytest", "test_snapshot_hf"])
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +131,8 @@ def test_evaluation_between_steps_is_in_the_snapshot(tmp_path: Path) -> None:
 def test_without_the_keeper_what_it_wrote_is_used(tmp_path: Path, never_killed: dict[str, Any]) -> None:
     run = tmp_path / "run"
     process(run, "all weights", dies=10)
-    written = run / "snapshots" / "checkpoint-000010"
-    until(written.is_dir)
+    # What it says last: before that, the folder has its name and what it was made in is still there.
+    until(lambda: "checkpoint-000010 written from memory" in (run / "snapshots/keeper.log").read_text())
     for pid in keepers_of(run):
         kill(pid)
     resumed = process(run, "all weights")

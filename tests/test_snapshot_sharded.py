@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from keeper_processes import kill as end
 from shard_processes import Trainer, start, value_at
 from shoestring.checkpoint import ShardedSnapshot, newest_sharded
 from shoestring.checkpoint.looking import dismiss, look
@@ -108,8 +108,7 @@ def test_the_memory_of_one_process_is_computed_of_two_refused(folder: Path) -> N
     assert len(keepers) == 4
     # Trainers first: a living one would give its memory to a new keeper.
     said = kill(trainers)
-    os.kill(keepers[2], signal.SIGKILL)
-    time.sleep(0.2)
+    end(keepers[2])
     for path in folder.glob("shards/0002-of-0004/checkpoint-*"):
         shutil.rmtree(path)
     lines: list[str] = []
@@ -119,8 +118,7 @@ def test_the_memory_of_one_process_is_computed_of_two_refused(folder: Path) -> N
     assert "computed from parity" in found.name
     check(found, ranks=4)
     found.close()
-    os.kill(keepers[0], signal.SIGKILL)
-    time.sleep(0.2)
+    end(keepers[0])
     for path in folder.glob("shards/0000-of-0004/checkpoint-*"):
         shutil.rmtree(path)
     assert newest_sharded(folder, lines.append) is None

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tiny
 import torch
@@ -168,10 +169,10 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int, code: int) -> None:
-    recipe = tiny.recipe(tmp_path, budget={"steps": 150}, checkpoint={"every": 1000}, eval={"samples": 0})
+    recipe = tiny.recipe(tmp_path, budget={"steps": 60}, checkpoint={"every": 1000}, eval={"samples": 0})
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(recipe, f"output_dir={whole}") == 0
-    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = forked.Popen(command(recipe))
     log = run / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < 3:
         assert process.poll() is None
@@ -181,23 +182,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: int
     stopped_at = metrics(run)[-1]["step"]
     assert (run / f"checkpoint-{stopped_at:06d}").is_dir()
     assert not (run / "summary.json").exists()
-    assert subprocess.run(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
+    assert forked.run(command(recipe)).returncode == 0
     assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
 
 
 @pytest.mark.slow
 def test_sigkill_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
-    recipe = tiny.recipe(tmp_path, budget={"steps": 300}, checkpoint={"every": 20}, eval={"samples": 0})
+    recipe = tiny.recipe(tmp_path, budget={"steps": 80}, checkpoint={"every": 10}, eval={"samples": 0})
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(recipe, f"output_dir={whole}") == 0
-    process = subprocess.Popen(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = forked.Popen(command(recipe))
     while not list(run.glob("checkpoint-*")):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert subprocess.run(command(recipe), env=ENVIRONMENT, stdout=subprocess.DEVNULL).returncode == 0
+    assert forked.run(command(recipe)).returncode == 0
     assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint import Snapshotter
 from shoestring.recipes.errors import UserError
 from shoestring.train import loop
@@ -22,9 +22,6 @@ from shoestring.train.run import train_recipe
 
 pytestmark = pytest.mark.slow
 
-# Real processes from a server that has imported everything once: most of a start is imports.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_train_snapshots"])
 STEPS, DIES_AT = 12, 8
 EVERY_STEP = {"every": 5, "keep_best": False, "in_memory": True, "snapshot_every": 1}
 # What goes into a snapshot of each optimizer is in test_train_snapshot_contents.py.
@@ -35,6 +32,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "steps in backward": {
         "adapter": None,
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "step_in_backward": True},
+    },
+    "pruned on the way": {
+        "adapter": None,
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
+        "pruning": {"ratio": 0.2, "rounds": 3, "calibration_tokens": 512},
     },
     "accumulation": {"train": {"batch_tokens": 256, "gradient_accumulation_steps": 4}},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint.slot_writer import SlotWriter
 from shoestring.plan import Plan
 from shoestring.recipes.errors import BudgetError
@@ -21,8 +21,6 @@ from test_train_snapshots import DIES_AT, EVERY_STEP, STEPS, keepers, result
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest", "test_train_snapshots_offload"])
 DISK = {"optimizer": "disk", "buffer_size": "16KiB", "buffer_count": 3, "io": "threads"}
 KINDS: dict[str, dict[str, Any]] = {
     "bf16 master": {"optimizer": {"name": "adamw", "learning_rate": 1e-2, "weights": "master"}},

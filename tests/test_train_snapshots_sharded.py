@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from forked import CONTEXT
 from shoestring.checkpoint.sharded_reading import shard_folders
 from shoestring.train import loop
 from shoestring.train.launch import _free_port
@@ -23,8 +23,6 @@ from shoestring.train.run import train_recipe
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["shoestring.train.run", "pytest"])
 STEPS, DIES_AT = 8, 6
 KINDS: dict[str, dict[str, Any]] = {
     "native": {"adapter": {"name": "lora", "r": 4, "lora_dropout": 0.2}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..offload.placement import Placement
-from ..recipes import Recipe
+from ..recipes import PruningConfig, Recipe, pruning_span
 from ..schedules.limits import Limits
 from . import defaults, worth
 from .budget import Spending
@@ -39,8 +39,8 @@ def explain(
     rows: EvalRows,
     decisions: Decisions,
 ) -> dict[str, str]:
-    """Key of the plan -> reason. engine, filter, sources, objective, offload.* and disk_writes only where
-    there is something to say.
+    """Key of the plan -> reason. pruning, engine, filter, sources, objective, offload.* and disk_writes only
+    where there is something to say.
     """
     limits = grounds.around.limits
     on_device = bool(chosen.footprint.device)
@@ -89,6 +89,8 @@ def explain(
         )
         if recipe.objective.name == "dpo":
             reasons["learning_rate"] += f"; on pairs {defaults.DPO_RATE:g} of that"
+    if recipe.pruning is not None:
+        reasons["pruning"] = _pruning(recipe, recipe.pruning)
     if grounds.sizes.held is not None:
         reasons["engine"] = grounds.sizes.held.reason
     reasons |= _worth(recipe, grounds, chosen, spending, decisions)
@@ -101,6 +103,15 @@ def explain(
     guess = f" ({grounds.watts:.0f} W is a guess)" if spending.bound_by == "budget.energy" else ""
     reasons["finish"] = f"ends by {spending.bound_by}{guess}"
     return reasons
+
+
+def _pruning(recipe: Recipe, pruning: PruningConfig) -> str:
+    what = f"{pruning.name} removes {pruning.ratio:.0%} of the {pruning.ratio_of}"
+    span = pruning_span(recipe)
+    if span is None:
+        return f"{what} before training, in seconds that come on top"
+    rounds = f"{pruning.rounds} round{'s' if pruning.rounds > 1 else ''}"
+    return f"{what} in {rounds} from {span[0]:.0%} to {span[1]:.0%} of the budget; planned without the gain"
 
 
 def _worth(

@@ -56,7 +56,7 @@ def _decisions(plan: Plan) -> Table:
         ("epochs", f"{plan.epochs:.2g}", plan.reasons.get("epochs", "")),
         *(
             (key, "", plan.reasons[key])
-            for key in ("engine", "filter", "sources", "objective")
+            for key in ("pruning", "engine", "filter", "sources", "objective")
             if key in plan.reasons
         ),
         (

@@ -48,6 +48,8 @@ from .optimizers import (
     Soap,
 )
 from .presets import Preset, copy_preset, list_presets
+from .pruning import PruningConfig
+from .pruning_checks import pruning_span
 from .quantities import Bytes, Count, Every, Joules, Money, Price, Seconds
 from .resolved import Resolved
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
@@ -129,6 +131,7 @@ __all__ = [
     "PowerSchedule",
     "Preset",
     "Price",
+    "PruningConfig",
     "QApollo",
     "Recipe",
     "Resolved",
@@ -154,4 +157,5 @@ __all__ = [
     "json_schema",
     "list_presets",
     "load_recipe",
+    "pruning_span",
 ]

@@ -7,6 +7,7 @@ from .engine_checks import engine_problems
 from .objective_checks import objective_problems
 from .objectives import DpoObjective
 from .problem import Problem
+from .pruning_checks import pruning_problems
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -21,6 +22,7 @@ def problems(recipe: "Recipe") -> list[Problem]:
         *_sampling(recipe),
         *_optimizer(recipe),
         *adapter_problems(recipe),
+        *pruning_problems(recipe),
         *_data(recipe),
         *_export(recipe),
         *engine_problems(recipe),

@@ -19,6 +19,7 @@ from .model_data import DataConfig, ModelConfig
 from .objectives import ObjectiveConfig, SftObjective
 from .offload import OffloadConfig
 from .optimizers import AdamW, OptimizerConfig
+from .pruning import PruningConfig
 from .running import BudgetConfig, CheckpointConfig, EvalConfig, ExportConfig, TrackConfig, TrainConfig
 from .schedules import RexSchedule, ScheduleConfig
 from .section import Section
@@ -58,6 +59,9 @@ class Recipe(Section):
     optimizer: OptimizerConfig = Field(default_factory=AdamW, description="How a gradient becomes an update.")
     schedule: ScheduleConfig = Field(
         default_factory=RexSchedule, description="How the rate moves through the budget."
+    )
+    pruning: PruningConfig | None = Field(
+        default=None, description="What is removed from the model for good; null removes nothing."
     )
     offload: OffloadConfig = Field(
         default_factory=OffloadConfig,

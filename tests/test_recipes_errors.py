@@ -38,9 +38,9 @@ AFTER = {
         "max_grad_norm, state_bits, weights, step_in_backward, clipping, name, betas, eps",
     ),
     "section_of_nowhere": (
-        "pruning: null\n",
-        "recipe.yaml:4  pruning is not a key; allowed: model, data, budget, objective, adapter, "
-        "optimizer, schedule, offload, engine, train, eval, checkpoint, track, export, output_dir",
+        "surgery: null\n",
+        "recipe.yaml:4  surgery is not a key; allowed: model, data, budget, objective, adapter, "
+        "optimizer, schedule, pruning, offload, engine, train, eval, checkpoint, track, export, output_dir",
     ),
     "names_of_other_tools": (
         "micro_batch_size: 3\nlr: 3\nnum_epochs: 3\nwarmup_ratio: 0.1\ncutoff_len: 1\n",

@@ -11,6 +11,7 @@ PRESETS = list_presets()
 def test_names() -> None:
     assert [preset.name for preset in PRESETS] == [
         "cpu-demo", "cpu-lora", "gpu-24gb-lora", "gpu-24gb-qlora", "gpu-full-small", "minimal",
+        "prune-recover",
     ]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def test_unknown_preset_and_unwritable_place(tmp_path: Path, monkeypatch: pytest
         copy_preset("gpu")
     assert str(caught.value) == (
         "gpu  is not a preset; allowed: cpu-demo, cpu-lora, gpu-24gb-lora, gpu-24gb-qlora, "
-        "gpu-full-small, minimal"
+        "gpu-full-small, minimal, prune-recover"
     )
     with pytest.raises(UserError) as caught:
         copy_preset("minimal", "no/such/place.yaml")

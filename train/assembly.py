@@ -26,6 +26,7 @@ from .engine import NativeEngine
 from .objectives import LossModule, build_objective
 from .offloading import place_activations, place_state
 from .parts import Saved
+from .pruning_rounds import cut_again
 from .rundir import RunDir, kept
 from .screen import Screen
 from .sharded import optimizer_of
@@ -171,6 +172,7 @@ def build_engine(
         model: Any = streamed.model
     else:
         model = load_model(facts, recipe.model, device=device, dtype=getattr(torch, plan.dtype))
+    cut_again(model, checkpoint)
     if plan.packed:
         use_packed_attention(model)
     adapter = recipe.adapter
@@ -193,7 +195,8 @@ def build_engine(
     if recipe.train.wta_crs_ratio is not None:
         fused += use_wta_crs(trained, recipe.train.wta_crs_ratio)
     trained.to(device)
-    fused += place_activations(trained, recipe, plan, facts.layers, device)
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    fused += place_activations(trained, recipe, plan, layers, device)
     objective = build_objective(recipe.objective, trained, adapter=adapter, teacher=teacher)
     if isinstance(recipe.optimizer, QApollo):
         fused += use_int8_weights(trained, recipe.optimizer.group_size)

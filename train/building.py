@@ -23,6 +23,8 @@ from .measuring import eval_kind
 from .meters import Memory, gpu_uuids
 from .objectives import LossModule, build_objective
 from .parts import Run, Stage, State
+from .pruned import prune_first
+from .pruning_rounds import begin_rounds
 from .restore import (
     MAY_CHANGE,
     as_saved,
@@ -61,9 +63,11 @@ def build(
     tokenizer = load_tokenizer(facts, recipe.model)
     legs = read_legs(run_dir.legs)
     checkpoint = snapshots.newest()
+    asked = recipe.model_dump(mode="json")
+    recipe, facts = prune_first(recipe, facts, tokenizer, accelerator, run_dir, screen)
     plans = plan_stages(recipe, facts, tokenizer, accelerator, run_dir, checkpoint, started, screen)
     identity = run_identity(
-        recipe.model_dump(mode="json"),
+        asked,
         data="+".join(fingerprint(stage.data.train) for stage in plans),
         base=facts.fingerprint,
         world_size=accelerator.num_processes,
@@ -154,6 +158,7 @@ def build(
         state=state,
         resumed_from=checkpoint.name if checkpoint else None,
     )
+    begin_rounds(run, facts.max_positions)
     snapshots.begin(clock, wanted=run.plan.snapshot_bytes > 0)
     if checkpoint is None:
         begin_stage(run, 0)

@@ -100,6 +100,21 @@ def plan(
 
 
 @app.command(
+    epilog="Examples:   shoestring prune my.yaml     ·     shoestring prune my.yaml pruning.name=flap "
+    "pruning.ratio=0.3"
+)
+def prune(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Prune anew what was pruned before.")] = False,
+) -> None:
+    """Prune the model as training would first; show what is smaller, faster and lost."""
+    from .prune_verb import prune_recipe
+
+    prune_recipe(recipe, overrides or [], fresh=fresh)
+
+
+@app.command(
     epilog="Examples:   shoestring train my.yaml     ·     shoestring train cpu-demo budget=6min --fresh     "
     "·     shoestring train my.yaml --num-processes 2"
 )
@@ -251,14 +266,17 @@ def chat(
 @app.command(epilog="Example:   shoestring export runs/cpu-demo --to adapter")
 def export(
     run: RunArgument,
-    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
+    to: Annotated[str, typer.Option(help="merged, adapter or gguf.")] = "merged",
     checkpoint: Annotated[str, typer.Option(help="best, last, or a checkpoint's name.")] = "last",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/export-TO.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="For gguf: f32, f16 (default), bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")
+    ] = None,
 ) -> None:
-    """Export a checkpoint of a run, checked by loading it again."""
+    """Export a checkpoint of a run; to gguf also any folder of a model."""
     from .reexport import export_run
 
-    export_run(run, to=to, checkpoint=checkpoint, output=output)
+    export_run(run, to=to, checkpoint=checkpoint, output=output, quantize=quantize)
 
 
 @app.command(epilog="Example:   shoestring report runs/a runs/b --output compare.html")

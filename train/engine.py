@@ -65,6 +65,10 @@ class NativeEngine:
         self.forward: nn.Module = (
             self.accelerator.prepare_model(self.loss_module) if distributed else self.loss_module
         )
+        self.find_parameters()
+
+    def find_parameters(self) -> None:
+        """Look up what is trained: now, and again whenever the model has been given other parameters."""
         # BAdam trains tensors that require no gradient at the moment.
         own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.parameters = {

@@ -111,7 +111,7 @@ def export_final(
             f"the exported model in {aside} does not say what the trained one said: {comparison}\n"
             "  The last checkpoint is whole and nothing is lost. This is our fault; please report it."
         )
-    _sync(aside)
+    sync_folder(aside)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(aside, folder)
@@ -152,7 +152,8 @@ def _compare_adapter(
     return compare_logits(reference, model_logits(model, probe), dtype=dtype)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Return when all files in it, and it itself, are on the disk."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

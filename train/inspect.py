@@ -18,6 +18,7 @@ from ..recipes import Recipe, SftObjective, load_recipe
 from ..recipes.errors import UserError
 from .assembly import takes_pairs
 from .chat import load_final
+from .pruned import predicted_facts
 from .quiet import quiet_libraries
 from .stages import Draft, divide, stage_recipes
 
@@ -136,7 +137,7 @@ def run_recipe(run: Path) -> Recipe:
 
 def _read(source: str, overrides: Sequence[str]) -> tuple[Recipe, ModelFacts, Any, list[Draft]]:
     recipe = load_recipe(source, overrides).recipe
-    facts = read_facts(recipe.model)
+    facts = predicted_facts(recipe, read_facts(recipe.model))
     tokenizer = load_tokenizer(facts, recipe.model)
     stages = [
         (

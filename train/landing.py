@@ -17,6 +17,7 @@ from ..data import TokenRows
 from ..offload import Stored
 from ..ops import give_back_freed_memory
 from ..plan import largest
+from ..recipes import pruning_span
 from .export import Exported, export_final
 from .measuring import eval_kind, evaluate_and_record, keep_loss, measure, record
 from .parts import PAUSED, Run
@@ -284,8 +285,16 @@ def model_card(run: Run) -> str:
         "| | |\n|---|---|\n"
         f"| steps | {state.step} |\n| tokens seen | {state.tokens:,} ({state.trained_tokens:,} trained) |\n"
         f"| held-out loss | {before} → {after} |\n"
-        f"| peak learning rate | {run.plan.learning_rate:.2e}, {recipe.schedule.name} |\n\n"
+        f"| peak learning rate | {run.plan.learning_rate:.2e}, {recipe.schedule.name} |\n{_pruned(run)}\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("this/folder")\n```\n'
     )
+
+
+def _pruned(run: Run) -> str:
+    pruning = run.recipe.pruning
+    if pruning is None:
+        return ""
+    when = "before training" if pruning_span(run.recipe) is None else "while it trained"
+    return f"| pruned | {pruning.ratio:.0%} of its {pruning.ratio_of}, by {pruning.name}, {when} |\n"

@@ -46,7 +46,7 @@ def place_activations(
     """
     if recipe.offload.weights != "device":
         return []
-    again, swapped = plan.recomputed_layers, plan.swapped_layers
+    again, swapped = min(plan.recomputed_layers, layers), min(plan.swapped_layers, layers)
     if swapped:
         size = next(placed.bytes for placed in plan.placement.parts if placed.part == "swapped")
         pinned = Arena(size + PAGE, pin=device.type == "cuda", numa_policy=recipe.offload.numa_policy)

@@ -62,6 +62,8 @@ class State:
     """Step at which the stage began: the order of its rows counts from there."""
     before_decay: int | None = None
     """Step whose checkpoint is kept for `shoestring extend`."""
+    pruning: dict[str, Any] | None = None
+    """What was cut out of the model on the way, see pruning_rounds.py."""
 
 
 @dataclass

@@ -70,3 +70,9 @@ def _quiet_imported() -> None:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
+
+
+def choose_deepspeed_device(device: str) -> None:
+    """Spare DeepSpeed, where transformers asks it, from looking for a GPU and telling stdout of none."""
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

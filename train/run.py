@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -19,6 +18,7 @@ from .legs import read_legs
 from .loop import train_loop
 from .offloading import release_state
 from .parts import PAUSED, STAGE_OVER, Run
+from .quiet import choose_deepspeed_device
 from .rehearsal import memory_explained, rehearse
 from .rundir import RunDir
 from .saving import save_checkpoint
@@ -43,9 +43,7 @@ def train_recipe(
         map_large_blocks()  # before the measurement of the plan
     bound_kernel_cache()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.device.type == "cpu":
-        # Accelerate asks DeepSpeed where that is installed, which would say on stdout what it found.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_deepspeed_device(accelerator.device.type)
     check_engine(resolved.recipe, accelerator)
     screen = Screen(active=accelerator.is_main_process)
     for note in resolved.notes:

@@ -35,6 +35,7 @@ FILES = (
     "summary.json",
     "samples.json",
     "report.html",
+    "pruned",
     "best",
     "final",
     "final.part",

@@ -9,13 +9,12 @@ scratch buffers inside a library's kernels.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes:
@@ -72,17 +71,12 @@ class _StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *(kwargs or {}).values()))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in given:  # views and in-place results are no new memory
-                    self._watch(storage)
+        for tensor in _tensors((result,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # views and in-place results are no new memory
+                self._watch(storage)
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -98,3 +92,15 @@ class _StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._watched[key]
 
         self._watched[key] = weakref.ref(storage, died)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among `values` and in lists and tuples of them: an operation's schema nests no deeper.
+
+    By hand, since torch's general walk over nested values took a fifth of a small measurement.
+    """
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (item for item in value if isinstance(item, torch.Tensor))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -147,6 +150,17 @@ def test_the_plan_before_pruning_is_that_of_the_pruned_model(tmp_path: Path, pru
     assert dict(predicted.parameter_shapes) == dict(real.parameter_shapes)
     assert (predicted.layers, predicted.linear_modules) == (real.layers, real.linear_modules)
     assert dense.config.intermediate_size == 128  # the facts that were given are as they were
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_prunes_and_both_train_what_it_wrote(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, pruning={"ratio": 0.2} | FEW)
+    shoestring = Path(sys.executable).with_name("shoestring")
+    command = [str(shoestring), "train", str(recipe), "--num-processes", "2"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pruned by cfsp") == 1
+    assert size(tmp_path / "run/final") == size(tmp_path / "run/pruned") < size(tmp_path / "model")
 
 
 # While it trains

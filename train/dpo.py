@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..recipes import AdapterConfig, DpoObjective
 
 Kind = Literal["adapter_off", "frozen"]
-_CHANGES_THE_BASE = ("olora", "pissa", "loftq")
+_CHANGES_THE_BASE = ("olora", "pissa", "corda", "loftq")
 
 
 def reference_kind(config: DpoObjective, adapter: AdapterConfig | None) -> Kind:

@@ -61,15 +61,16 @@ def prune_first(
     """
     if not prunes_before(recipe):
         return recipe, facts
-    if accelerator.is_main_process:
-        folder = run_dir.path / FOLDER
-        if not is_there(recipe, facts, folder):
-            screen.status("pruning the model")
-            part = stage_recipes(recipe)[0][1]
-            data = read_data(part, facts, tokenizer, accelerator)
+    folder = run_dir.path / FOLDER
+    there = is_there(recipe, facts, folder)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if not there:
+        screen.status("pruning the model")
+        data = read_data(stage_recipes(recipe)[0][1], facts, tokenizer, accelerator)
+        if accelerator.is_main_process:
             written = write_pruned(recipe, facts, tokenizer, data, accelerator.device, folder)
             screen.note(written.line)
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
     smaller = trained_recipe(recipe, run_dir.path)
     return smaller, read_facts(smaller.model)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from ..recipes.choices import AdapterConfig, LoraAdapter, SokaAdapter, SvfitAdapter
 from ..recipes.errors import UserError
+from ..recipes.peft_adapter import PeftAdapter
+from .corda import start_corda
 from .facts import Facts
 from .layers import OwnConfig, own_layers
 from .lora import check_tied, found_modules, lora_config, targeted_modules
@@ -19,6 +21,7 @@ from .soka import SokaConfig
 from .starts import calibrate_eva, check_eva_batches, remember_start, start_loftq, start_orthogonal
 from .svfit import SvfitConfig
 from .targets import target_list
+from .tuners import added_numbers, tuner_config, wrap
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -37,6 +40,8 @@ def peft_config(adapter: AdapterConfig, facts: Facts) -> PeftConfig:
     match adapter:
         case LoraAdapter():
             return lora_config(adapter, facts)
+        case PeftAdapter():
+            return tuner_config(adapter, facts)
         case SvfitAdapter():
             own: OwnConfig = SvfitConfig(r=adapter.r, energy=adapter.energy)
         case SokaAdapter():
@@ -71,15 +76,16 @@ def attach(
 
     The same seed gives the same adapter, whatever was drawn before; the global generators are left as they
     were. batches: where `looks_at_rows` says so, dictionaries of input_ids [B, L] with attention_mask and
-    labels. original_weight: for `loftq` on a 4-bit base, unquantised weights by parameter name
-    (`models.weight_reader`). saved: adapter_config.json of an adapter that will be loaded into this one; the
-    ranks that were found in data or weights are then taken from it. checkpointing: "reentrant" needs inputs
-    that ask for a gradient; others do not and are cheaper without. from_weights: off for a model that is only
-    measured, where what SVFit and SoKA start from need not be computed; ranks are then the largest there are.
+    labels; in a resumed run too, since CorDA's start is computed again. original_weight: for `loftq` on a
+    4-bit base, unquantised weights by parameter name (`models.weight_reader`). saved: adapter_config.json of
+    an adapter that will be loaded into this one; the ranks that were found in data or weights are then taken
+    from it. checkpointing: "reentrant" needs inputs that ask for a gradient; others do not and are cheaper
+    without. from_weights: off for a model that is only measured, where what SVFit and SoKA start from need
+    not be computed; ranks are then the largest there are.
 
     Raises:
         UserError: options that do not go together, or with a 4-bit base; singular vectors that are not those
-            that training started with.
+            that training started with; what PEFT refuses of `adapter.options`.
     """
     four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
     if adapter is None:
@@ -97,7 +103,7 @@ def attach(
     config: Any = peft_config(adapter, facts)
     if isinstance(adapter, LoraAdapter):
         config = _with_ranks(config, adapter, model, batches, saved, four_bit=four_bit)
-    else:
+    elif not isinstance(adapter, PeftAdapter):
         config.ranks = dict(saved["ranks"]) if saved is not None else {}
         config.init_weights = from_weights
     model.name_or_path = facts.source  # PEFT writes this into adapter_config.json
@@ -106,22 +112,27 @@ def attach(
         for said in _ANSWERED:
             warnings.filterwarnings("ignore", message=said)
         torch.manual_seed(seed)
-        wrapped: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+        if isinstance(adapter, PeftAdapter):
+            wrapped: PeftModel = wrap(model, config, adapter)
+        else:
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
         if isinstance(adapter, LoraAdapter) and start == "loftq":
             start_loftq(wrapped, adapter, original_weight)
         elif start == "orthogonal":
             start_orthogonal(wrapped)
+        elif isinstance(adapter, LoraAdapter) and start == "corda":
+            start_corda(wrapped, adapter.corda_method, batches)
         elif start == "eva" and saved is None:
             assert batches is not None
             calibrate_eva(wrapped, batches)
-    if saved is not None and not isinstance(adapter, LoraAdapter):
+    if saved is not None and isinstance(adapter, SvfitAdapter | SokaAdapter):
         _check_factors(config, saved)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     # one round of LoftQ leaves a 4-bit base as it was loaded: the adapter fits that as it is
     keeps_base = start == "loftq" and four_bit and getattr(adapter, "loftq_iter", 0) == 1
-    if isinstance(start, str) and start.startswith(("pissa", "olora", "loftq")) and not keeps_base:
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "loftq", "corda")) and not keeps_base:
         whole_adapter: Any = wrapped
         whole_adapter.initial_adapter = remember_start(wrapped)
     if checkpointing == "reentrant":
@@ -149,7 +160,7 @@ def _with_ranks(
         config.init_lora_weights = True
     elif start == "eva":
         check_eva_batches(adapter, batches)
-    if four_bit and isinstance(start, str) and start.startswith(("pissa", "olora")):
+    if four_bit and isinstance(start, str) and start.startswith(("pissa", "olora", "corda")):
         raise UserError(
             f"adapter.init_lora_weights: {start} takes a part out of the base weights, which 4 bits cannot "
             "hold.\n"
@@ -178,7 +189,7 @@ def _check_factors(config: OwnConfig, saved: Mapping[str, Any]) -> None:
 def looks_at_rows(adapter: AdapterConfig | None) -> bool:
     """Whether `attach` needs batches of training rows."""
     return isinstance(adapter, LoraAdapter) and (
-        adapter.init_lora_weights == "eva" or adapter.rank_allocation != "uniform"
+        adapter.init_lora_weights in ("eva", "corda") or adapter.rank_allocation != "uniform"
     )
 
 
@@ -188,8 +199,12 @@ def on_meta(adapter: AdapterConfig, facts: Facts) -> PeftModel:
 
     if isinstance(adapter, LoraAdapter):  # its start needs weights, its shapes do not
         adapter = adapter.model_copy(update={"init_lora_weights": True})
+    config = peft_config(adapter, facts)
     with torch.device("meta"):
-        return get_peft_model(facts.skeleton(), peft_config(adapter, facts))
+        if isinstance(adapter, PeftAdapter):
+            tuned: PeftModel = wrap(facts.skeleton(), config, adapter)
+            return tuned
+        return get_peft_model(facts.skeleton(), config)
 
 
 def trainable_parameters(adapter: AdapterConfig | None, facts: Facts) -> int:
@@ -204,7 +219,10 @@ def trainable_parameters(adapter: AdapterConfig | None, facts: Facts) -> int:
 
 
 def frozen_factors(model: nn.Module) -> int:
-    """Numbers that an adapter of ours holds beside the base without training them."""
+    """Numbers that an adapter holds beside the base without training them; of LoRA there are none."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is not None and not isinstance(config, OwnConfig):
+        return 0 if str(config.peft_type.value) == "LORA" else added_numbers(model)
     return sum(
         parameter.numel()
         for _, layer in own_layers(model)
@@ -224,6 +242,11 @@ def adapter_lines(model: Any, adapter: AdapterConfig | None) -> list[str]:
             return []
         ranks = [config.r, *config.rank_pattern.values()]
         return [f"adapter.rank_allocation={adapter.rank_allocation}: ranks of {min(ranks)} to {max(ranks)}"]
+    if isinstance(adapter, PeftAdapter):
+        held = frozen_factors(model)
+        beside = f", {held:,} numbers held beside it" if held else ""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return [f"{adapter.peft_type}: {trained:,} trained numbers{beside}"]
     ranks = sorted(config.ranks.values())
     what = "singular values" if isinstance(adapter, SvfitAdapter) else "Kronecker terms"
     return [

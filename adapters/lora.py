@@ -35,8 +35,9 @@ def lora_config(adapter: LoraAdapter, facts: Facts) -> LoraConfig:
     check_tied(targets, skeleton, facts)
     start = adapter.init_lora_weights
     # LoftQ and orthogonal are started in starts.py: PEFT's LoftQ needs CUDA and leaves the scale out, and its
-    # orthogonal start is rounded to the base's type, so that A and B no longer cancel
-    peft_start: Any = True if start in ("loftq", "orthogonal") else start
+    # orthogonal start is rounded to the base's type, so that A and B no longer cancel. Its CorDA (here in
+    # corda.py) takes padding for input and wants a package that it does not ask for
+    peft_start: Any = True if start in ("loftq", "orthogonal", "corda") else start
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=facts.source,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from .layers import own_layers
-from .starts import lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,23 +51,33 @@ def merge_in_place(model: Any) -> PreTrainedModel:
 @torch.no_grad()
 def merge_layers(module: torch.nn.Module) -> None:
     """Merge the PEFT layers inside `module` that are not merged yet, each in float32 and rounded once."""
-    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[tuple[str, Any]] = [*lora_layers(module), *own_layers(module)]
-    for _, layer in layers:
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
         if layer.merged:
             continue
         base = layer.get_base_layer()
-        stored = base.weight.dtype
-        base.weight.data = base.weight.data.float()
-        # after dequantising, PEFT's 4-bit layer holds an ordinary linear one: merge it as such
-        merge = (
-            Linear.merge
-            if hasattr(layer, "lora_A") and type(layer).__name__ == "Linear4bit"
-            else type(layer).merge
-        )
-        merge(layer, safe_merge=True)
-        base.weight.data = base.weight.data.to(stored)
+        tensors = [tensor for tensor in (base.weight, getattr(base, "bias", None)) if tensor is not None]
+        stored = [tensor.dtype for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        _plain_merge(type(layer))(layer, safe_merge=True)
+        merged = [tensor for tensor in (base.weight, getattr(base, "bias", None)) if tensor is not None]
+        for tensor, dtype in zip(merged, stored, strict=True):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _plain_merge(kind: type[Any]) -> Any:
+    """The merge of a layer whose base has ordinary weights.
+
+    After dequantising, a PEFT layer made for bitsandbytes holds an ordinary linear one, and its own merge
+    would look for packed weights; that of the same method's plain layer is right.
+    """
+    if kind.__module__.endswith(".bnb"):
+        plain = importlib.import_module(kind.__module__.removesuffix("bnb") + "layer")
+        return plain.Linear.merge
+    return kind.merge
 
 
 def _compute_dtype(model: Any) -> torch.dtype:
@@ -96,6 +104,9 @@ def _dequantise(model: Any, dtype: torch.dtype) -> None:
         model.dequantize(dtype=dtype)
     finally:
         logging_untyped.set_verbosity(level)
+    for module in model.modules():  # PEFT's layers remember how to unpack what is packed no more
+        if getattr(module, "quantization_backend", None) is not None:
+            module.quantization_backend = None
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ def save_adapter(model: Any, folder: Path, *, portable: bool = False) -> None:
     """Write the adapter of a PeftModel to `folder`.
 
     portable: the adapter must fit the base as it was published, and need PEFT alone where it can. PiSSA,
-    OLoRA and LoftQ changed their base, so theirs is written as a plain one of twice the rank: s (B A - B0 A0)
-    = s [B, -B0] [A; A0], with A0 and B0 where it started. SVFit is written as LoRA of the same change. For
-    checkpoints leave it off: they are loaded into a model that was built the same way.
+    OLoRA, CorDA and LoftQ changed their base, so theirs is written as a plain one of twice the rank:
+    s (B A - B0 A0) = s [B, -B0] [A; A0], with A0 and B0 where it started. SVFit is written as LoRA of the
+    same change. For checkpoints leave it off: they are loaded into a model that was built the same way.
     """
     if portable and isinstance(model.peft_config["default"], SvfitConfig):
         save_as_lora(model, folder)

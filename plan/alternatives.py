@@ -10,6 +10,7 @@ import torch
 
 from ..offload.support import supports
 from ..recipes import ApolloMini, DeepSpeedConfig, DistillObjective, LoraAdapter, Recipe
+from ..recipes.adapter_checks import adapter_problems
 from ..recipes.engine_checks import engine_problems
 from ..recipes.errors import BudgetError
 from ..recipes.optimizers import AdamW8bit
@@ -43,9 +44,10 @@ def refuse(grounds: Grounds) -> BudgetError:
     together: Change | None = None
     everything = grounds.recipe
     for text, values in _proposals(grounds):
-        if engine_problems(_changed(grounds.recipe, values)):
+        changed = _changed(grounds.recipe, values)
+        if engine_problems(changed) or adapter_problems(changed):
             continue
-        changes.append(_planned(text, _changed(grounds.recipe, values), grounds, least))
+        changes.append(_planned(text, changed, grounds, least))
         joined = _changed(everything, values)
         both = {**texts, text.partition("=")[0]: text}
         if len(both) > 1 and (together is None or not together.fits):

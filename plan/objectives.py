@@ -18,7 +18,7 @@ from ..recipes import (
 from ..recipes.errors import UserError
 from .measurement import Measurement
 
-_CHANGES_THE_BASE = ("olora", "pissa", "loftq")
+_CHANGES_THE_BASE = ("olora", "pissa", "loftq", "corda")
 _LOG_BYTES = 2  # a log-probability, float16; one more a position for all tokens that are not kept
 
 

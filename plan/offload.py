@@ -25,7 +25,7 @@ from .sizes import steps_in_backward
 SCRATCH = ".offload"
 """Folder of the scratch files in output_dir, where the recipe names none."""
 
-_STARTS_FROM_WEIGHTS = ("pissa", "olora", "loftq")
+_STARTS_FROM_WEIGHTS = ("pissa", "olora", "loftq", "corda")
 
 
 def scratch_folder(recipe: Recipe) -> Path:
@@ -98,7 +98,7 @@ def _why_not_streamed(recipe: Recipe) -> str | None:
     if recipe.train.wta_crs_ratio is not None:
         return "sampled weight gradients are not streamed.\nSet train.wta_crs_ratio=null"
     if adapter is not None and not isinstance(adapter, LoraAdapter):
-        return f"adapter={adapter.name} starts from the singular vectors of all weights.\nSet adapter=lora"
+        return f"adapter={adapter.name} needs all weights at once at its start.\nSet adapter=lora"
     if adapter is not None:
         if adapter.use_dora:
             return "DoRA starts from the norms of all weights.\nSet adapter.use_dora=false"

@@ -11,7 +11,7 @@ from ..models.facts import ModelFacts
 from ..offload.layer_layout import predicted_bytes
 from ..optimizers import gradient_elements, state_bytes, update_cost
 from ..optimizers.q_apollo import int8_bytes
-from ..recipes import QApollo, Recipe, SokaAdapter
+from ..recipes import QApollo, Recipe, SvfitAdapter
 from ..recipes.offload import Tier
 from .engines import Counts, held_by
 from .memory import Sizes
@@ -46,7 +46,7 @@ def count_sizes(
     if weights_tier != "device":
         stream = predicted_bytes(facts.parameter_shapes, itemsize=itemsize)
     held = _held_bytes(recipe, facts, trained, itemsize) if stream is None else stream.memory
-    factor_bytes = (4 if isinstance(recipe.adapter, SokaAdapter) else itemsize) * trained.factors
+    factor_bytes = (itemsize if isinstance(recipe.adapter, SvfitAdapter) else 4) * trained.factors
     held += factor_bytes
     own_bytes = itemsize * sum(slot.elements for slot in trained.own)
     added_bytes = 4 * trained.added_parameters  # adapters are float32

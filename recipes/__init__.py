@@ -47,6 +47,7 @@ from .optimizers import (
     ScheduleFreeAdamW,
     Soap,
 )
+from .peft_adapter import PeftAdapter
 from .presets import Preset, copy_preset, list_presets
 from .pruning import PruningConfig
 from .pruning_checks import pruning_span
@@ -125,6 +126,7 @@ __all__ = [
     "OptimizerConfig",
     "OwnObjective",
     "PagedAdamW8bit",
+    "PeftAdapter",
     "Piece",
     "PiecewiseSchedule",
     "PolynomialSchedule",

@@ -1,9 +1,10 @@
 """Checks between the keys of `adapter`, and between it and the model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from .choices import AdapterConfig, LoraAdapter
 from .model_data import ModelConfig
+from .peft_adapter import NOT_ON_4BIT, PeftAdapter, PeftType
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -24,14 +25,29 @@ def adapter_problems(recipe: "Recipe") -> list[Problem]:
                 ("adapter",),
             )
         ]
-    return [*(_lora(adapter, model) if isinstance(adapter, LoraAdapter) else []), *_layers(adapter)]
+    found = _layers(adapter)
+    if isinstance(adapter, LoraAdapter):
+        found = [*_lora(adapter, model), *found]
+    elif isinstance(adapter, PeftAdapter) and model.load_in_4bit and adapter.peft_type in NOT_ON_4BIT:
+        found.append(_not_on_4bit(adapter))
+    return found
+
+
+def _not_on_4bit(adapter: PeftAdapter) -> Problem:
+    others = ", ".join(name for name in get_args(PeftType) if name not in NOT_ON_4BIT)
+    return Problem(
+        "adapter.peft_type",
+        f"adapter.peft_type={adapter.peft_type} cannot be trained on the packed weights of "
+        f"model.load_in_4bit=true.   Set model.load_in_4bit=false, or take one of {others}",
+        ("model.load_in_4bit",),
+    )
 
 
 def _lora(adapter: LoraAdapter, model: ModelConfig) -> list[Problem]:
     found = []
     start = adapter.init_lora_weights
     if model.load_in_4bit and isinstance(start, str):
-        if start.startswith("pissa") or start == "orthogonal":
+        if start.startswith("pissa") or start in ("orthogonal", "corda"):
             found.append(
                 Problem(
                     "adapter.init_lora_weights",

@@ -7,23 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .peft_adapter import PeftAdapter
 from .section import Auto, Section
-
-Targets = Annotated[
-    str | Annotated[list[str], Field(min_length=1)],
-    Field(
-        description="`all-linear` (every linear layer but the output head), a list of module names, or "
-        "one regular expression for whole names."
-    ),
-]
-Excluded = Annotated[
-    str | list[str] | None,
-    Field(description="Modules to leave out: a list of names or one regular expression."),
-]
-Layers = Annotated[
-    list[Annotated[int, Field(ge=0)]] | None,
-    Field(description="Numbers of the layers that get an adapter; null is all."),
-]
+from .target_keys import Excluded, Layers, Targets
 
 
 def _default_alpha(values: dict[str, Any]) -> int:
@@ -72,15 +58,21 @@ class LoraAdapter(Section):
         default=False, description="Train the norm of each weight column apart (DoRA, arXiv:2402.09353)."
     )
     init_lora_weights: (
-        Literal[True, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva"]
+        Literal[True, "gaussian", "orthogonal", "olora", "pissa", "corda", "loftq", "eva"]
         | Annotated[
             str, Field(pattern=r"^pissa_niter_[0-9]{1,3}$", json_schema_extra={"x-allowed": "pissa_niter_N"})
         ]
     ) = Field(
         default=True,
         description="Start of the adapter. true: no change at the start; `olora` (arXiv:2406.01775) and "
-        "`pissa` (arXiv:2404.02948; `pissa_niter_16` is quicker) start from the weights; `loftq` "
-        "(arXiv:2310.08659) from the error of quantisation; `eva` (arXiv:2410.07170) from the data.",
+        "`pissa` (arXiv:2404.02948; `pissa_niter_16` is quicker) start from the weights; `corda` "
+        "(arXiv:2406.05223) from the weights as the data use them; `loftq` (arXiv:2310.08659) from the error "
+        "of quantisation; `eva` (arXiv:2410.07170) from the data.",
+    )
+    corda_method: Literal["ipm", "kpm"] = Field(
+        default="ipm",
+        description="What `init_lora_weights: corda` starts from: the directions that the rows use most "
+        "(ipm), or least (kpm), which keeps more of what the model says on such rows.",
     )
     loftq_bits: Literal[4, 8] = Field(
         default=4, description="Bits that `init_lora_weights: loftq` prepares for."
@@ -146,4 +138,4 @@ class SokaAdapter(Section):
     layers_to_transform: Layers = None
 
 
-AdapterConfig = Annotated[LoraAdapter | SvfitAdapter | SokaAdapter, Field(discriminator="name")]
+AdapterConfig = Annotated[LoraAdapter | SvfitAdapter | SokaAdapter | PeftAdapter, Field(discriminator="name")]

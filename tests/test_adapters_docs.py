@@ -31,4 +31,4 @@ def test_the_recipes_are_read() -> None:
         recipe = Recipe(model="m", data="a.jsonl", budget="1h", **yaml.safe_load(block))  # type: ignore[arg-type]
         assert recipe.adapter is not None
         found.append(recipe.adapter.name)
-    assert found == ["svfit", "soka", "lora"]
+    assert found == ["svfit", "soka", "peft", "lora", "lora"]

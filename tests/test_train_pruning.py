@@ -333,6 +333,19 @@ def test_prune_shows_what_is_gained_and_training_goes_on_from_it(
     assert size(tmp_path / "run/pruned") < size(tmp_path / "run/final")
 
 
+def test_a_share_of_the_time_is_measured_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"ratio": 0.1, "ratio_of": "latency", "latency_tokens": 64}
+    recipe = tiny.recipe(tmp_path, pruning=given | FEW)
+    prune_recipe(str(recipe), [], fresh=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of the time foreseen, " in said
+    assert "% measured), by 512 tokens" in said
+    record = json.loads((tmp_path / "run/pruned/pruning.json").read_text())
+    assert record["ratio_of"] == "latency"
+    assert record["latency"]["tokens"] == 64
+    assert 0 < record["parameters"] < size(tmp_path / "model")
+
+
 def test_prune_says_what_is_missing(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     with pytest.raises(UserError, match="prunes nothing"):

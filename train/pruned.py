@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from ..adapters import compare_logits
 from ..data import Prepared
 from ..models import ModelFacts, facts_of_skeleton, load_model, read_facts
-from ..pruning import Pruned, amounts_for, everything, read_anatomy, remove, save_pruned
+from ..pruning import Latency, Pruned, amounts_for, everything, read_anatomy, remove, save_pruned
 from ..recipes import PruningConfig, Recipe, pruning_span
 from ..recipes.errors import ShoestringError, UserError
 from .assembly import read_data
@@ -86,13 +86,20 @@ class Written:
     @property
     def line(self) -> str:
         """What was done, for the screen."""
-        record, latency = self.pruned.record, self.pruned.latency
-        quicker = "" if latency is None else f", {latency.ratio:.1%} of the time by what was measured"
+        record = self.pruned.record
         return (
             f"pruned by {record['method']}: {count_text(self.pruned.before)} -> "
-            f"{count_text(self.pruned.after)} parameters ({self.pruned.ratio:.1%} less{quicker}), "
-            f"by {record['calibration_tokens']:,} tokens, in {self.folder}"
+            f"{count_text(self.pruned.after)} parameters ({self.pruned.ratio:.1%} less"
+            f"{_quicker(self.pruned.latency)}), by {record['calibration_tokens']:,} tokens, in {self.folder}"
         )
+
+
+def _quicker(latency: Latency | None) -> str:
+    if latency is None:
+        return ""
+    before, after = latency.measured_before, latency.measured_after
+    measured = "" if before is None or after is None else f", {1 - after / before:.1%} measured"
+    return f", {latency.ratio:.1%} of the time foreseen{measured}"
 
 
 def write_pruned(

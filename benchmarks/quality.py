@@ -27,7 +27,7 @@ from shoestring.data import Order, prepare, training_batches
 from shoestring.models import load_model, load_tokenizer, read_facts, use_packed_attention
 from shoestring.ops import keep_freed_memory, use_fused, use_int8_weights
 from shoestring.optimizers import build_optimizer, rate_over_adamw, set_rate
-from shoestring.recipes import DataConfig, ModelConfig, ObjectiveConfig
+from shoestring.recipes import DataConfig, ModelConfig, SftObjective
 from shoestring.recipes.model_data import Source
 from shoestring.train.engine import NativeEngine
 from shoestring.train.evaluation import evaluate
@@ -84,7 +84,7 @@ class Setting:
         if config.name == "q_apollo":
             use_int8_weights(model, config.group_size)
         optimizer = build_optimizer(model, config, seed=seed)
-        objective = build_objective(ObjectiveConfig(), model)
+        objective = build_objective(SftObjective(), model)
         return NativeEngine(Accelerator(cpu=True), LossModule(model, objective), optimizer, autocast=True)
 
     def loss(self, engine: NativeEngine) -> float:

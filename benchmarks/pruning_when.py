@@ -133,7 +133,7 @@ def main() -> None:
     dense, small = json.loads(told.read_text())
     budget = given.tokens * dense
     look = CALIBRATION * LOOK * dense
-    section = {"name": "cfsp", "ratio": given.ratio, "calibration_tokens": CALIBRATION}
+    section = {"name": "cfsp", "ratio": given.ratio, "calibration_tokens": CALIBRATION, "refit": False}
     rounds = {"calibration_tokens": CALIBRATION // ROUNDS, "rounds": ROUNDS}
     late = on_the_way(dense, small, given.ratio, (0.25, 0.75))
     ways: dict[str, tuple[float, dict[str, Any] | None]] = {

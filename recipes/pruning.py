@@ -54,10 +54,10 @@ class PruningConfig(Section):
         description="The MLP width that stays is a multiple of this: 64 or 128 suit GPUs, 256 the K-quants "
         "of GGUF.",
     )
-    refit: bool = Field(
-        default=False,
+    refit: Auto[bool] = Field(
+        default=None,
         description="Fit down_proj again to the neurons that stay, by least squares on the calibration "
-        "tokens.",
+        "tokens; auto does where neurons leave and nothing is compensated.",
     )
     ridge: float = Field(
         default=1.0, gt=0, description="Draws the refit towards the weights as they were; more is nearer."
@@ -96,3 +96,10 @@ class PruningConfig(Section):
     def chosen_parts(self) -> tuple[str, ...]:
         """What leaves, with the criterion's own where the recipe names nothing."""
         return PARTS[self.name][:1] if self.parts is None else tuple(self.parts)
+
+    @property
+    def refits(self) -> bool:
+        """Whether down_proj is fitted again, which is worth more than the choice of the criterion."""
+        if self.refit is None:
+            return "neurons" in self.chosen_parts and not self.compensate
+        return self.refit

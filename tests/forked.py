@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,8 @@ def _become(words: list[str], environment: dict[str, str], folder: str, output: 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    # as a program from a terminal has it; where pytest runs in the background, Ctrl-C is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, number in ((output, 1), (errors, 2)):
         stream = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(stream, number)

@@ -131,7 +131,7 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=text):
             train(recipe, override)
     recipe = tiny.recipe(tmp_path, adapter={"name": "svfit"}, budget={"steps": 2})
-    with pytest.raises(UserError, match="starts from the singular vectors of all weights"):
+    with pytest.raises(UserError, match="adapter=svfit needs all weights at once at its start"):
         train(recipe, "offload.weights=disk")
     with pytest.raises(UserError, match=r"adapter\.lora_alpha is not a key of svfit; lora has it"):
         train(recipe, "adapter.lora_alpha=8")

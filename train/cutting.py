@@ -60,7 +60,7 @@ def prune_now(
         ratio=pruning.ratio if ratio is None else ratio,
         parts=pruning.chosen_parts,
         multiple=pruning.multiple,
-        refit=pruning.refit,
+        refit=pruning.refits,
         ridge=pruning.ridge,
         compensate=pruning.compensate,
         ratio_of=pruning.ratio_of,

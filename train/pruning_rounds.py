@@ -22,8 +22,8 @@ from .parts import Run, Saved
 
 _SHARE = 0.05
 """Of the time that is left: what all further rounds may look at rows for, where the recipe leaves it open."""
-_FORWARD = 0.5
-"""Seconds a token of looking, as a share of training's: a third for the forward pass, the rest for sums."""
+_LOOKING, _REFITTING = 0.35, 1.0
+"""Seconds a token of looking, as a share of training's: a forward pass; with a refit two, and D² sums."""
 _FEWEST = 512
 
 
@@ -132,5 +132,5 @@ def _tokens(run: Run, pruning: PruningConfig, number: int) -> int:
     if pruning.calibration_tokens is not None or remaining is None or not state.tokens:
         return tokens
     rounds_left = pruning.rounds - number + 1
-    each = _FORWARD * state.step_seconds / state.tokens
+    each = (_REFITTING if pruning.refits else _LOOKING) * state.step_seconds / state.tokens
     return max(_FEWEST, min(tokens, int(_SHARE * max(0.0, remaining) / rounds_left / each)))

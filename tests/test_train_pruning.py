@@ -18,7 +18,7 @@ from shoestring.models import read_facts
 from shoestring.recipes import load_recipe, pruning_span
 from shoestring.recipes.errors import UserError
 from shoestring.train.cutting import calibration_batches
-from shoestring.train.inspect import run_recipe
+from shoestring.train.inspect import run_recipe, show_plan
 from shoestring.train.prune_verb import prune_recipe
 from shoestring.train.pruned import predicted_facts, trained_recipe
 from shoestring.train.pruning_rounds import due
@@ -243,6 +243,16 @@ def test_calibration_reads_rows_that_are_spread_over_all() -> None:
     assert ids[1].tolist() == list(range(300, 400))
     (few,) = calibration_batches(rows.part(10, 12), 4000, longest=512)
     assert few.flatten().tolist() == list(range(300, 360))
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"], ids=["on the way", "before"])
+def test_a_ratio_that_cannot_be_is_refused_before_anything_is_trained(tmp_path: Path, adapter: Any) -> None:
+    recipe = tiny.recipe(tmp_path, adapter=adapter, pruning={"ratio": 0.9} | FEW)
+    for verb in (lambda: show_plan(str(recipe), [], as_json=False), lambda: train(recipe)):
+        with pytest.raises(UserError, match=r"0\.9 of all parameters cannot leave with neurons"):
+            verb()
+    metrics = tmp_path / "run/metrics.jsonl"
+    assert not metrics.exists() or metrics.read_text() == ""
 
 
 # The recipe

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import Prepared, TokenRows
-from ..pruning import Pruned, prune
+from ..pruning import Amounts, Anatomy, Pruned, amounts_for, prune
 from ..recipes import PruningConfig
 
 LENGTH = 512
@@ -37,6 +37,17 @@ def calibration_batches(rows: TokenRows, tokens: int, longest: int) -> list[Tens
     pieces = np.stack([np.asarray(rows.tokens[start : start + length]) for start in starts])
     ids = torch.from_numpy(pieces.astype(np.int64))
     return list(torch.split(ids, max(1, _TOGETHER // length)))
+
+
+def amounts_wanted(anatomy: Anatomy, pruning: PruningConfig) -> Amounts:
+    """What stays in the end. UserError where the model cannot lose as much."""
+    return amounts_for(
+        anatomy,
+        pruning.ratio,
+        parts=pruning.chosen_parts,
+        multiple=pruning.multiple,
+        compensate=pruning.compensate,
+    )
 
 
 def prune_now(

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from ..adapters import compare_logits
 from ..data import Prepared
 from ..models import ModelFacts, facts_of_skeleton, load_model, read_facts
-from ..pruning import Latency, Pruned, amounts_for, everything, read_anatomy, remove, save_pruned
+from ..pruning import Latency, Pruned, everything, read_anatomy, remove, save_pruned
 from ..recipes import PruningConfig, Recipe, pruning_span
 from ..recipes.errors import ShoestringError, UserError
 from .assembly import read_data
-from .cutting import prune_now
+from .cutting import amounts_wanted, prune_now
 from .export import model_logits, sync_folder
 from .figures import count_text
 from .landing import probe_tokens
@@ -179,19 +179,19 @@ def predicted_facts(recipe: Recipe, facts: ModelFacts) -> ModelFacts:
     """Facts of the model that pruning before training will leave; its parameters are exact.
 
     By `ratio_of: latency` how much leaves is measured, so the plan is that of the unpruned model.
+
+    Raises UserError where this model cannot be pruned so.
     """
     pruning = recipe.pruning
-    if pruning is None or not prunes_before(recipe) or pruning.ratio_of == "latency":
+    if pruning is None:
         return facts
     skeleton = replace(facts, config=copy.deepcopy(facts.config)).skeleton()  # its config is changed
     anatomy = read_anatomy(skeleton)
-    amounts = amounts_for(
-        anatomy,
-        pruning.ratio,
-        parts=pruning.chosen_parts,
-        multiple=pruning.multiple,
-        compensate=pruning.compensate,
-    )
+    if pruning.ratio_of == "latency":
+        return facts
+    amounts = amounts_wanted(anatomy, pruning)
+    if not prunes_before(recipe):
+        return facts
     whole = everything(anatomy)
     cut = type(whole)(
         tuple(kept[: amounts.neurons] for kept in whole.neurons),

@@ -16,7 +16,7 @@ from ..pruning import Cut, cut_from_json, cut_to_json, everything, followed_by, 
 from ..recipes import PruningConfig, pruning_span
 from ..recipes.errors import UserError
 from ..schedules import StepPermit
-from .cutting import calibration_tokens, prune_now
+from .cutting import amounts_wanted, calibration_tokens, prune_now
 from .figures import count_text
 from .parts import Run, Saved
 
@@ -37,7 +37,7 @@ def cut_again(model: Any, saved: Saved | None) -> None:
 def begin_rounds(run: Run, longest: int) -> None:
     """Let the model be cut from now on, where the recipe says so. longest: tokens that the model reads.
 
-    UserError: it cannot be, with this number of processes or this placement of the optimizer's state.
+    UserError: it cannot be, with this model, number of processes or placement of the optimizer's state.
     """
     span, pruning = pruning_span(run.recipe), run.recipe.pruning
     if span is None or pruning is None:
@@ -53,7 +53,9 @@ def begin_rounds(run: Run, longest: int) -> None:
             f"{what}, and the optimizer's state has its places elsewhere.\n"
             "  Set offload.optimizer=device, or prune before training: pruning.start=0"
         )
-    read_anatomy(run.engine.loss_module.model)  # type: ignore[arg-type]  # or the error, now and not half-way
+    model: Any = run.engine.loss_module.model
+    if run.state.pruning is None:
+        amounts_wanted(read_anatomy(model), pruning)  # or the error, now and not half-way
     run.followers.append(lambda permit: _follow(run, pruning, span, longest, permit))
 
 

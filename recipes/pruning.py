@@ -96,10 +96,3 @@ class PruningConfig(Section):
     def chosen_parts(self) -> tuple[str, ...]:
         """What leaves, with the criterion's own where the recipe names nothing."""
         return PARTS[self.name][:1] if self.parts is None else tuple(self.parts)
-
-    @property
-    def refits(self) -> bool:
-        """Whether down_proj is fitted again, which is worth more than the choice of the criterion."""
-        if self.refit is None:
-            return "neurons" in self.chosen_parts and not self.compensate
-        return self.refit

@@ -50,6 +50,13 @@ def amounts_wanted(anatomy: Anatomy, pruning: PruningConfig) -> Amounts:
     )
 
 
+def refits(pruning: PruningConfig) -> bool:
+    """Whether down_proj is fitted again, which is worth more than the choice of the criterion."""
+    if pruning.refit is None:
+        return "neurons" in pruning.chosen_parts and not pruning.compensate
+    return pruning.refit
+
+
 def prune_now(
     model: Any,
     pruning: PruningConfig,
@@ -71,7 +78,7 @@ def prune_now(
         ratio=pruning.ratio if ratio is None else ratio,
         parts=pruning.chosen_parts,
         multiple=pruning.multiple,
-        refit=pruning.refits,
+        refit=refits(pruning),
         ridge=pruning.ridge,
         compensate=pruning.compensate,
         ratio_of=pruning.ratio_of,

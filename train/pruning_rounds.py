@@ -16,7 +16,7 @@ from ..pruning import Cut, cut_from_json, cut_to_json, everything, followed_by, 
 from ..recipes import PruningConfig, pruning_span
 from ..recipes.errors import UserError
 from ..schedules import StepPermit
-from .cutting import amounts_wanted, calibration_tokens, prune_now
+from .cutting import amounts_wanted, calibration_tokens, prune_now, refits
 from .figures import count_text
 from .parts import Run, Saved
 
@@ -134,5 +134,5 @@ def _tokens(run: Run, pruning: PruningConfig, number: int) -> int:
     if pruning.calibration_tokens is not None or remaining is None or not state.tokens:
         return tokens
     rounds_left = pruning.rounds - number + 1
-    each = (_REFITTING if pruning.refits else _LOOKING) * state.step_seconds / state.tokens
+    each = (_REFITTING if refits(pruning) else _LOOKING) * state.step_seconds / state.tokens
     return max(_FEWEST, min(tokens, int(_SHARE * max(0.0, remaining) / rounds_left / each)))

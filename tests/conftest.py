@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+
+# Before anything imports Triton: without a GPU its kernels run in its interpreter.
+assert "triton" not in sys.modules
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import shoestring.plan.measure
 import shoestring.train.run
-import torch
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,0 +1,108 @@
+"""Which implementation of an operation runs: the one place where that is decided.
+
+    triton   our kernels in ops/kernels, on a CUDA device (under TRITON_INTERPRET=1 on a CPU, for tests)
+    native   our C++ in ops/native, on a CPU, compiled once a machine where a compiler is at hand
+    torch    PyTorch's own operations: everywhere, and what the others are held to
+
+An operation asks `choose(name, device, [what it has])` and gets the first of these that can run there. The
+variable SHOESTRING_OPS overrides it: `SHOESTRING_OPS=torch`, or for single operations
+`SHOESTRING_OPS=adam_step=torch,grad_pack=triton`. What is asked for by name and cannot run is an error, never
+replaced; `used` remembers what ran, so that a test sees which one it tested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from ..recipes.errors import UserError
+
+Provider = Literal["triton", "native", "torch"]
+
+used: dict[str, Provider] = {}
+"""What the last call of each operation ran."""
+
+
+def choose(operation: str, device: torch.device, offered: Sequence[Provider]) -> Provider:
+    """The provider of `operation` for tensors on `device`, among those that it has for these arguments.
+
+    `offered` in any order; "torch" is always one. Raises UserError where SHOESTRING_OPS asks for one that is
+    not offered or cannot run there.
+    """
+    wanted = _wanted(os.environ.get("SHOESTRING_OPS", "")).get(operation) or _wanted(
+        os.environ.get("SHOESTRING_OPS", "")
+    ).get("")
+    if wanted is None:
+        chosen: Provider = next(p for p in get_args(Provider) if p in (*offered, "torch") and _idle(p, device))
+    else:
+        reason = "it has none for these arguments" if wanted not in (*offered, "torch") else _lacks(wanted, device)
+        if reason:
+            raise UserError(
+                f"SHOESTRING_OPS asks for {wanted} where {operation} runs on {device.type}, but {reason}.\n"
+                f"  Unset SHOESTRING_OPS, or set SHOESTRING_OPS={operation}=torch."
+            )
+        chosen = wanted
+    used[operation] = chosen
+    return chosen
+
+
+def lines(device: torch.device) -> list[str]:
+    """What to tell at the start of a run: one line where something faster is within reach."""
+    if device.type == "cuda" and (reason := _lacks("triton", device)):
+        return [f"ops: PyTorch's own operations are used, since {reason}; pip install 'shoestring[kernels]'"]
+    if device.type == "cpu" and (reason := _lacks("native", device)):
+        return [f"ops: PyTorch's own operations are used for optimizer steps, since {reason}"]
+    return []
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _idle(provider: Provider, device: torch.device) -> bool:
+    """Whether `provider` is one to take unasked: the interpreter is slow, so only by name."""
+    if provider == "triton" and device.type != "cuda":
+        return False
+    return _lacks(provider, device) is None
+
+
+def _lacks(provider: Provider, device: torch.device) -> str | None:
+    """Why `provider` cannot run on `device`."""
+    if provider == "triton":
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+            return "Triton's kernels need a CUDA device"
+        if device.type == "cuda" and torch.version.hip is None and _capability(device.index or 0) < (8, 0):
+            return "the kernels are made for GPUs of compute capability 8.0 (Ampere) and newer"
+    if provider == "native":
+        if device.type != "cpu":
+            return "the C++ kernels are for the CPU"
+        from . import native
+
+        return native.missing()
+    return None
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _wanted(text: str) -> dict[str, Provider]:
+    found: dict[str, Provider] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        operation, _, name = entry.rpartition("=")
+        if name not in get_args(Provider):
+            raise UserError(
+                f"SHOESTRING_OPS has {entry!r}; allowed: {', '.join(get_args(Provider))}, or OPERATION=one of them"
+            )
+        found[operation] = name  # type: ignore[assignment]
+    return found

@@ -1,0 +1,76 @@
+"""Compiles every case of every kernel for one GPU without having it: `python ahead.py CAPABILITY`, JSON out.
+
+In a process of its own, for in one that interprets kernels they cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from shoestring.ops import kernels
+from shoestring.ops.kernels.common import Case
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+def all_cases() -> list[Case]:
+    """The `AOT_CASES` of all files of the room."""
+    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    return [case for module in modules for case in getattr(module, "AOT_CASES", [])]
+
+
+def compile_case(case: Case, capability: int) -> dict[str, Any]:
+    """Registers, spills, shared memory, and what stands in the code."""
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if (signature[name].startswith("*") and name not in case.unaligned) or name in case.aligned
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constexprs), attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {
+        "name": case.name,
+        "registers": int(found[1]),
+        "spilled": int(found[2]),
+        "shared": compiled.metadata.shared,
+        "wide": bool(re.search(r"LD(G|GSTS)\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UTMALDG", code)),
+        "dots": bool(re.search(r"HGMMA|HMMA|IMMA", code)),
+        "id_is_wide": _id_is_wide(compiled.asm["ttir"]),
+        "limits": [case.max_registers, case.max_shared, case.wide, case.dots],
+    }
+
+
+def _id_is_wide(ir: str) -> bool:
+    """Whether no program id is multiplied while it has 32 bits."""
+    narrow = set(re.findall(r"(%\w+) = tt\.get_program_id", ir))
+    products = re.findall(r"arith\.muli (%\w+), (%\w+)[^:\n]*: i32", ir)
+    return not any(side in narrow for pair in products for side in pair)
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1])
+    print(json.dumps([compile_case(c, wanted) for c in all_cases() if wanted in c.capabilities]))

@@ -114,9 +114,7 @@ def decode(codes: Tensor, scales: Tensor, elements: int, law: Law, *, signed: bo
 
 
 @torch.library.custom_op("shoestring::encode", mutates_args=("codes", "scales"))
-def encode_op(
-    value: Tensor, codes: Tensor, scales: Tensor, law: str, signed: bool, threshold: float
-) -> None:
+def encode_op(value: Tensor, codes: Tensor, scales: Tensor, law: str, signed: bool, threshold: float) -> None:
     """`encode` as an operation that torch.compile keeps whole."""
     encode(value, codes, scales, law, signed=signed, threshold=threshold)  # type: ignore[arg-type]
 
@@ -133,7 +131,7 @@ def _(codes: Tensor, scales: Tensor, elements: int, law: str, signed: bool) -> T
 
 
 def dynamic_table(signed: bool) -> Tensor:
-    """float32 [256] in [-1, 1] or [0, 1], ascending: the dynamic exponent map of arXiv:2110.02861, figure 3."""
+    """float32 [256] in [-1, 1] or [0, 1], ascending: the dynamic exponents of arXiv:2110.02861, figure 3."""
     return _dynamic_table(signed)
 
 

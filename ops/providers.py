@@ -28,19 +28,23 @@ used: dict[str, Provider] = {}
 """What the last call of each operation ran."""
 
 
-def choose(operation: str, device: torch.device, offered: Sequence[Provider]) -> Provider:
+def choose(
+    operation: str, device: torch.device, offered: Sequence[Provider], by_name: Sequence[Provider] = ()
+) -> Provider:
     """The provider of `operation` for tensors on `device`, among those that it has for these arguments.
 
-    `offered` in any order; "torch" is always one. Raises UserError where SHOESTRING_OPS asks for one that is
-    not offered or cannot run there.
+    `offered` in any order; "torch" is always one. `by_name`: those that run only where they are asked for.
+    Raises UserError where SHOESTRING_OPS asks for one that is not offered or cannot run there.
     """
-    wanted = _wanted(os.environ.get("SHOESTRING_OPS", "")).get(operation) or _wanted(
-        os.environ.get("SHOESTRING_OPS", "")
-    ).get("")
+    asked = _wanted(os.environ.get("SHOESTRING_OPS", ""))
+    wanted = asked.get(operation, asked.get(""))
     if wanted is None:
-        chosen: Provider = next(p for p in get_args(Provider) if p in (*offered, "torch") and _idle(p, device))
+        chosen: Provider = next(
+            p for p in get_args(Provider) if p in (*offered, "torch") and _idle(p, device)
+        )
     else:
-        reason = "it has none for these arguments" if wanted not in (*offered, "torch") else _lacks(wanted, device)
+        has = (*offered, *by_name, "torch")
+        reason = "it has none for these arguments" if wanted not in has else _lacks(wanted, device)
         if reason:
             raise UserError(
                 f"SHOESTRING_OPS asks for {wanted} where {operation} runs on {device.type}, but {reason}.\n"
@@ -102,7 +106,8 @@ def _wanted(text: str) -> dict[str, Provider]:
         operation, _, name = entry.rpartition("=")
         if name not in get_args(Provider):
             raise UserError(
-                f"SHOESTRING_OPS has {entry!r}; allowed: {', '.join(get_args(Provider))}, or OPERATION=one of them"
+                f"SHOESTRING_OPS has {entry!r}; allowed: {', '.join(get_args(Provider))}, "
+                "or OPERATION=one of them"
             )
         found[operation] = name  # type: ignore[assignment]
     return found

@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 at random, by numbers that are a hash of their place: nothing is drawn, nothing stored.
+"""Rounding to bfloat16 at random, by numbers that are a hash of their place: none is drawn or stored.
 
 A bfloat16 weight has eight digits; an update below half of the last one changes nothing when it is rounded to
 nearest. Rounded up with a probability in proportion to what is cut it is right on average (arXiv:2010.06192):

@@ -1,57 +1,49 @@
-"""AdamW (arXiv:1711.05101, algorithm 2) with the state and the weights in few bits.
+"""AdamW (arXiv:1711.05101, algorithm 2) and Lion (arXiv:2302.06675, algorithm 2), tensor by tensor.
 
     w ← (1 - η λ) w
-    m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²
-    w ← w - η · m / (1 - β1^t) / (√(v / (1 - β2^t)) + ε)
+    adamw    m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²
+             w ← w - η · m / (1 - β1^t) / (√(v / (1 - β2^t)) + ε)
+    lion     w ← w - η · sign(β1 m + (1 - β1) g),   m ← β2 m + (1 - β2) g
 
 With `bias_free_eps`, ε is added to √v before its correction, as GaLore's and APOLLO's packages do for the
-tensors that they do not project.
+tensors that they do not project. The arithmetic is `ops/quantised_step.py`'s, and PyTorch's own fused one
+where weights, gradients and state are float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .moments import BLOCK, State, computing_dtype, moment_bytes, new_moment, read, write
-from .weights import add_step, prepare, weight_bytes
+from ..ops.adamw import adamw_update
+from ..ops.quantised_step import quantised_step
+from ..ops.rounding import noise_key
+from .moments import State, law_of, moment_bytes, new_moment, scales_of
+from .weights import prepare, weight_bytes
+
+__all__ = ["adamw_update", "new_state", "state_bytes", "step_tensors"]
 
 _FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
-# Elements at a time: what the update touches then stays in a core's cache.
-_CPU_ELEMENTS = 1 << 17
-_CUDA_ELEMENTS = 1 << 26
-
-Noise = Callable[[int, int, int], Tensor]
 
 
-def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> int:
+def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype, *, rule: str = "adamw") -> int:
     """Bytes of state for a tensor of `shape`; config has `state_bits` and `weights`."""
     elements = torch.Size(shape).numel()
-    moments = 2 * moment_bytes(elements, config.state_bits, dtype)
+    moments = (1 if rule == "lion" else 2) * moment_bytes(elements, config.state_bits, dtype)
     return moments + weight_bytes(elements, config.weights, dtype) + 8
 
 
 def new_state(state: State, weight: Tensor, group: dict[str, Any]) -> None:
-    """Two zero moments, the step counter, and what the mode of writing keeps."""
-    bits, shape = group["state_bits"], tuple(weight.shape)
+    """Zero moments (lion's is one), the step counter, and what the mode of writing keeps."""
+    bits, shape, code = group["state_bits"], tuple(weight.shape), group.get("state_code", "companded")
     state["step"] = torch.zeros((), dtype=torch.int64)
-    new_moment(state, "exp_avg", shape, bits=bits, like=weight)
-    new_moment(state, "exp_avg_sq", shape, bits=bits, like=weight, signed=False)
+    new_moment(state, "exp_avg", shape, bits=bits, like=weight, code=code)
+    if group.get("rule") != "lion":
+        new_moment(state, "exp_avg_sq", shape, bits=bits, like=weight, signed=False, code=code)
     prepare(state, weight, group["weights"])
-
-
-def adamw_update(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float, step: int
-) -> Tensor:
-    """The direction m̂ / (√v̂ + ε), of grad's shape; both moments are changed in place."""
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    denominator = exp_avg_sq.sqrt().mul_((1 - betas[1] ** step) ** -0.5).add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator).mul_(1 / (1 - betas[0] ** step))
 
 
 def step_tensors(
@@ -59,63 +51,41 @@ def step_tensors(
     grads: list[Tensor],
     states: list[State],
     group: dict[str, Any],
-    noise: Callable[[int], Noise],
+    starts: list[int],
+    *,
+    noise_step: int | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """One step of every tensor. noise(i): random integers for tensor i. Groups keep bias_free_eps."""
-    by_step: dict[int, list[int]] = {}
-    for i, state in enumerate(states):
+    """One step of every tensor. Groups keep `rule` and `bias_free_eps` where they are not the defaults.
+
+    starts: place of each tensor among the random bits; noise_step: what draws them in place of the step.
+    grad_scale: a float32 scalar that gradients are multiplied by, on their device.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, (weight, grad, state) in enumerate(zip(weights, grads, states, strict=True)):
         state["step"] += 1
-        by_step.setdefault(int(state["step"]), []).append(i)
-    for step, members in by_step.items():
+        quick = _is_quick(weight, grad, state, group) and grad_scale is None
+        kind = (weight.device, weight.dtype, grad.dtype, state["exp_avg"].dtype, law_of(state, "exp_avg"))
+        alike.setdefault((int(state["step"]), quick, kind), []).append(i)
+    for (step, quick, _), members in alike.items():
         eps = group["eps"]
         if group.get("bias_free_eps"):
             eps /= sqrt(1 - group["betas"][1] ** step)
-        quick = [i for i in members if _is_quick(weights[i], grads[i], states[i])]
+        few = [weights[i] for i in members], [grads[i] for i in members], [states[i] for i in members]
         if quick:
-            _fused(
-                [weights[i] for i in quick],
-                [grads[i] for i in quick],
-                [states[i] for i in quick],
-                group,
-                step,
-                eps,
-            )
-        for i in members:
-            if i in quick:
-                continue
-            if _has_quick_master(weights[i], states[i]):
-                _through_master(weights[i], grads[i], states[i], group, step, eps)
-            else:
-                _chunked(weights[i], grads[i], states[i], group, step, eps, noise(i))
+            _fused(*few, group, step, eps)
+        else:
+            key = noise_key(group["seed"], step if noise_step is None else noise_step)
+            _quantised(*few, group, step, eps, key, [starts[i] for i in members], grad_scale)
 
 
-def _is_quick(weight: Tensor, grad: Tensor, state: State) -> bool:
+def _is_quick(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> bool:
     return (
-        weight.dtype == grad.dtype == state["exp_avg"].dtype
+        group.get("rule") != "lion"
+        and weight.dtype == grad.dtype == state["exp_avg"].dtype
         and weight.dtype in (torch.float32, torch.float64)
         and weight.device.type in _FUSED
     )
-
-
-def _has_quick_master(weight: Tensor, state: State) -> bool:
-    """Whether the fused kernel can step the float32 copy of a narrow weight."""
-    return "master" in state and state["exp_avg"].dtype == torch.float32 and weight.device.type in _FUSED
-
-
-def _through_master(
-    weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], step: int, eps: float
-) -> None:
-    whole = weight if weight.is_contiguous() else weight.contiguous()
-    flat, flat_grad, master = whole.view(-1), grad.reshape(-1), state["master"].view(-1)
-    moments = {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
-    size = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
-    for first in range(0, flat.numel(), size):
-        part = slice(first, min(first + size, flat.numel()))
-        parts = {key: value[part] for key, value in moments.items()}
-        _fused([master[part]], [flat_grad[part].float()], [parts], group, step, eps)
-        flat[part].copy_(master[part])
-    if whole is not weight:
-        weight.copy_(whole)
 
 
 def _fused(
@@ -144,34 +114,40 @@ def _fused(
     )
 
 
-def _chunked(
-    weight: Tensor, grad: Tensor, state: State, group: dict[str, Any], step: int, eps: float, noise: Noise
+def _quantised(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    group: dict[str, Any],
+    step: int,
+    eps: float,
+    key: int,
+    starts: list[int],
+    grad_scale: Tensor | None,
 ) -> None:
-    rate = float(group["lr"])
-    keep = 1 - rate * group["weight_decay"]
-    whole = weight if weight.is_contiguous() else weight.contiguous()
-    flat, flat_grad = whole.view(-1), grad.reshape(-1)
-    size = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
-    assert size % BLOCK == 0
-    kept = {key: state[key].view(-1) for key in ("master", "compensation") if key in state}
-    for first in range(0, flat.numel(), size):
-        part = slice(first, min(first + size, flat.numel()))
-        g = flat_grad[part].to(computing_dtype(weight.dtype))
-        m, v = read(state, "exp_avg", part), read(state, "exp_avg_sq", part)
-        direction = adamw_update(g, m, v, betas=group["betas"], eps=eps, step=step)
-        write(state, "exp_avg", m, step, part)
-        write(state, "exp_avg_sq", v, step, part)
-
-        def add(target: Tensor, rows: slice, direction: Tensor = direction) -> None:
-            target.add_(direction[rows].view(target.shape), alpha=-rate)
-
-        add_step(
-            [flat[part].view(1, -1, 1)],
-            [{key: value[part].view(1, -1, 1) for key, value in kept.items()}],
-            add,
-            keep=keep,
-            mode=group["weights"],
-            noise=lambda which, at, count, first=first: noise(which, first + at, count),  # type: ignore[misc]
-        )
-    if whole is not weight:
-        weight.copy_(whole)
+    lion, mode = group.get("rule") == "lion", group["weights"]
+    whole = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    extra = {"kahan": "compensation", "master": "master"}.get(mode, "")
+    quantised_step(
+        "lion" if lion else "adamw",
+        whole,
+        [g.contiguous() for g in grads],
+        [s["exp_avg"] for s in states],
+        scales_of(states, "exp_avg"),
+        [] if lion else [s["exp_avg_sq"] for s in states],
+        [] if lion else scales_of(states, "exp_avg_sq"),
+        [s[extra] for s in states if extra in s],
+        law=law_of(states[0], "exp_avg"),
+        mode=mode,
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=eps,
+        weight_decay=group["weight_decay"],
+        step=step,
+        key=key,
+        starts=starts,
+        grad_scale=grad_scale,
+    )
+    for weight, made in zip(weights, whole, strict=True):
+        if made is not weight:
+            weight.copy_(made)

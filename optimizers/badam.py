@@ -221,17 +221,10 @@ class BAdam(MatrixOptimizer):
         if not p.is_contiguous():
             p.copy_(whole)
 
-    def _noise_of(self, params: list[Tensor], group: Group) -> Callable[[int], adamw.Noise]:
-        # By the step of the run: that of a block starts again each turn, and a weight that met the same noise
-        # every time might never be rounded up.
-        def of(which: int) -> adamw.Noise:
-            p, step = params[which], int(group["steps"])
-            index = self._place(p)[0]
-            return lambda _, first, count: self._noise.window(
-                group["seed"], step, index, first, count, p.device
-            )
-
-        return of
+    def _noise_step(self, group: Group) -> int | None:
+        # That of the run: a block's own starts again each turn, and a weight that met the same noise every
+        # time might never be rounded up.
+        return int(group["steps"])
 
 
 def build(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.rounding import RoundingNoise, noise_start
 from . import adamw
 from .moments import State, computing_dtype, moment_bytes, read, write
 from .roles import role_of
-from .weights import RoundingNoise, Step, add_step, prepare, weight_bytes
+from .weights import Step, add_step, prepare, weight_bytes
 
 _log = logging.getLogger(__name__)
 # Elements of weights of one shape that go through an update together: on a CPU each matrix alone, whose bits
@@ -28,6 +29,8 @@ _CPU_BATCH = 1
 _CUDA_BATCH = 1 << 26
 
 Group = dict[str, Any]
+Noise = Callable[[int, int, int], Tensor]
+"""noise(which, first, count): random bits of elements of a tensor."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -179,14 +182,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         index, group = self._place(parameter)
         assert group["kind"] == "adamw"
-
-        def noise(_: int) -> adamw.Noise:
-            step = int(state["step"])
-            return lambda _, at, count: self._noise.window(
-                group["seed"], step, index, first + at, count, weight.device
-            )
-
-        adamw.step_tensors([weight], [grad], [state], group, noise)
+        adamw.step_tensors([weight], [grad], [state], group, [noise_start(index, first)])
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for copies: torch's own forgets what a subclass has added."""
@@ -217,9 +213,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self.state[p] = self.fresh_state(p, group)
         if group["kind"] == "adamw":
             grads = [p.grad for p in params if p.grad is not None]
-            adamw.step_tensors(
-                params, grads, [self.state[p] for p in params], group, self._noise_of(params, group)
-            )
+            starts = [noise_start(self._place(p)[0]) for p in params]
+            states = [self.state[p] for p in params]
+            adamw.step_tensors(params, grads, states, group, starts, noise_step=self._noise_step(group))
             return
         for batch in _batches(params, [int(self.state[p]["step"]) for p in params]):
             self._advance_batch(group, batch)
@@ -254,10 +250,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     count += 1
         return self._places[p]
 
-    def _noise_of(self, params: list[Tensor], group: Group) -> Callable[[int], adamw.Noise]:
-        def of(which: int) -> adamw.Noise:
+    def _noise_step(self, group: Group) -> int | None:
+        """What draws the random bits of rounding in place of each tensor's own step."""
+        return None
+
+    def _noise_of(self, params: list[Tensor], group: Group) -> Callable[[int], Noise]:
+        def of(which: int) -> Noise:
             p = params[which]
-            step, index = int(self.state[p]["step"]), self._place(p)[0]
+            own = self._noise_step(group)
+            step, index = int(self.state[p]["step"]) if own is None else own, self._place(p)[0]
             return lambda _, first, count: self._noise.window(
                 group["seed"], step, index, first, count, p.device
             )

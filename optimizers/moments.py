@@ -1,17 +1,8 @@
-"""State in 32, 16 or 8 bits: plain tensors in an optimizer's `state`, read and written by range.
+"""State in 32, 16, 8 or 4 bits: plain tensors in an optimizer's `state`, read and written by range.
 
 32 is the arithmetic's own type (float32, or float64 for float64 weights) and is changed in place; 16 is
-bfloat16. 8 is blockwise: each 256 consecutive elements of the flattened tensor share a scale, and codes
-follow a square law, which needs no table and no search:
-
-    signed (a mean):          x = s c |c| / 127²            c in -127..127,  s = max |x| of the block
-    unsigned (mean square):   x = s (c / 255)⁴              c in 1..255,     s = max x of the block
-
-A table of 256 values as in arXiv:2110.02861 is as precise, but finding the nearest entry costs twenty times
-as much on a CPU. No code of a mean square is zero, since a small one rounded to zero makes a huge step. A
-mean square moves by a thousandth a step, less than half a code, and would stand still under rounding to
-nearest: its rounding threshold walks through [0, 1) from step to step (by the golden ratio), which is right
-on average and needs no random numbers.
+bfloat16; 8 and 4 are blockwise codes of `ops/codec.py`, whose law the name of their scales says: `KEY_scale`
+for the square laws in 8 bits, `KEY_scale_linear`, `KEY_scale_dynamic`, `KEY_scale_four`.
 """
 
 from __future__ import annotations
@@ -21,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.codec import LAWS, Law, block_of, code_count, decode, encode, scale_count, threshold_at
+
 BLOCK = 256
-"""Elements that share one scale."""
+"""Elements that share one scale in 8 bits; ranges of state start at multiples of it."""
 SMALLEST = 4096
 """Tensors with fewer elements keep 32 bits: they weigh nothing, and norms and biases are sensitive."""
 
-_GOLDEN = 0.6180339887498949
 State = dict[str, Any]
 
 
@@ -39,82 +31,94 @@ def moment_bytes(elements: int, bits: int, dtype: torch.dtype = torch.float32) -
     """Bytes of one moment of `elements` elements for weights of `dtype`."""
     if bits == 32 or elements < SMALLEST:
         return elements * computing_dtype(dtype).itemsize
-    return 2 * elements if bits == 16 else elements + 4 * -(-elements // BLOCK)
+    if bits == 16:
+        return 2 * elements
+    law: Law = "four" if bits == 4 else "companded"
+    return code_count(elements, law) + 4 * scale_count(elements, law)
 
 
 def new_moment(
-    state: State, key: str, shape: tuple[int, ...], *, bits: int, like: Tensor, signed: bool = True
+    state: State,
+    key: str,
+    shape: tuple[int, ...],
+    *,
+    bits: int,
+    like: Tensor,
+    signed: bool = True,
+    code: Law = "companded",
 ) -> None:
-    """Put a zero moment of `shape` into `state`: `key`, and `key`_scale where it has 8 bits."""
+    """Put a zero moment of `shape` into `state`: `key`, and its scales where it has 8 or 4 bits.
+
+    code: the law of 8 bits. Codes of 4 bits are flat, two in a byte.
+    """
     elements = torch.Size(shape).numel()
     device = like.device
     if bits == 32 or elements < SMALLEST:
         state[key] = torch.zeros(shape, dtype=computing_dtype(like.dtype), device=device)
     elif bits == 16:
         state[key] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
-    elif bits == 8:
-        state[key] = torch.zeros(shape, dtype=torch.int8 if signed else torch.uint8, device=device)
-        state[f"{key}_scale"] = torch.zeros(-(-elements // BLOCK), device=device)
+    elif bits in (8, 4):
+        law: Law = "four" if bits == 4 else code
+        dtype = torch.int8 if signed else torch.uint8
+        stored = (code_count(elements, law),) if bits == 4 else shape
+        state[key] = torch.zeros(stored, dtype=dtype, device=device)
+        state[_scale_key(key, law)] = torch.zeros(scale_count(elements, law), device=device)
     else:
-        raise ValueError(f"state_bits is {bits}; allowed: 32, 16, 8")
+        raise ValueError(f"state_bits is {bits}; allowed: 32, 16, 8, 4")
+
+
+def law_of(state: State, key: str) -> Law | None:
+    """The law of a moment's codes, None where it has none."""
+    if state[key].dtype not in (torch.int8, torch.uint8):
+        return None
+    return next(law for law in LAWS if _scale_key(key, law) in state)
+
+
+def scales_of(states: list[State], key: str) -> list[Tensor]:
+    """The scales of moments of one law, in a list; empty where they have none."""
+    law = law_of(states[0], key)
+    return [] if law is None else [state[_scale_key(key, law)] for state in states]
 
 
 def read(state: State, key: str, part: slice | None = None) -> Tensor:
     """A moment in the computing type: of its own shape, or flat elements `part` (a multiple of BLOCK in).
 
-    With 32 bits it is the state itself, to be changed in place.
+    With 32 bits it is the state itself, to be changed in place; with 4 bits all of it is flat.
     """
     stored: Tensor = state[key]
-    flat = stored if part is None else stored.view(-1)[part]
-    if stored.dtype in (torch.float32, torch.float64):
-        return flat
-    if stored.dtype == torch.bfloat16:
-        return flat.float()
-    first = 0 if part is None else part.start // BLOCK
-    return _decode(flat, state[f"{key}_scale"][first:])
+    law = law_of(state, key)
+    if law is None:
+        flat = stored if part is None else stored.view(-1)[part]
+        return flat.float() if stored.dtype == torch.bfloat16 else flat
+    codes, scales = _from(state, key, law, part)
+    if part is not None:
+        return decode(codes, scales, part.stop - part.start, law, signed=stored.dtype == torch.int8)
+    elements = 2 * stored.numel() if law == "four" else stored.numel()
+    value = decode(codes, scales, elements, law, signed=stored.dtype == torch.int8)
+    return value if law == "four" else value.view(stored.shape)
 
 
 def write(state: State, key: str, value: Tensor, step: int, part: slice | None = None) -> None:
     """Store what `read` gave and the update changed. step: of the optimizer, moves the rounding threshold."""
     stored: Tensor = state[key]
+    law = law_of(state, key)
+    if law is not None:
+        codes, scales = _from(state, key, law, part)
+        signed = stored.dtype == torch.int8
+        encode(value, codes, scales, law, signed=signed, threshold=threshold_at(step))
+        return
     flat = stored if part is None else stored.view(-1)[part]
-    if stored.dtype in (torch.float32, torch.float64):
-        if value.data_ptr() != flat.data_ptr():
-            flat.copy_(value)
-    elif stored.dtype == torch.bfloat16:
+    if stored.dtype == torch.bfloat16 or value.data_ptr() != flat.data_ptr():
         flat.copy_(value)
-    else:
-        first = 0 if part is None else part.start // BLOCK
-        _encode(value, flat, state[f"{key}_scale"][first:], step)
 
 
-def _blocks(flat: Tensor) -> Tensor:
-    rest = flat.numel() % BLOCK
-    padded = torch.nn.functional.pad(flat, (0, BLOCK - rest)) if rest else flat
-    return padded.view(-1, BLOCK)
+def _from(state: State, key: str, law: Law, part: slice | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales from the start of `part` on, flat."""
+    first = 0 if part is None else part.start
+    codes: Tensor = state[key].view(-1)[first // (2 if law == "four" else 1) :]
+    scales: Tensor = state[_scale_key(key, law)][first // block_of(law) :]
+    return codes, scales
 
 
-def _encode(value: Tensor, codes: Tensor, scales: Tensor, step: int) -> None:
-    blocks = _blocks(value.reshape(-1).float())
-    if codes.dtype == torch.int8:
-        largest = blocks.abs().amax(1, keepdim=True)
-        root = blocks.abs().mul_(largest.clamp(min=1e-38).reciprocal_()).sqrt_()
-        code = torch.copysign(root, blocks).mul_(127.0).round_()
-    else:
-        largest = blocks.amax(1, keepdim=True)
-        root = blocks.mul(largest.clamp(min=1e-38).reciprocal_()).sqrt_().sqrt_()
-        threshold = (step * _GOLDEN) % 1.0
-        code = root.mul_(255.0).add_(threshold).floor_().clamp_(1.0, 255.0)
-    codes.view(-1).copy_(code.view(-1)[: codes.numel()])
-    scales[: len(blocks)].copy_(largest.view(-1))
-
-
-def _decode(codes: Tensor, scales: Tensor) -> Tensor:
-    shape = codes.shape
-    blocks = _blocks(codes.reshape(-1).float())
-    scale = scales[: len(blocks), None]
-    if codes.dtype == torch.int8:
-        value = (blocks * blocks.abs()).mul_(scale * (1 / 127**2))
-    else:
-        value = blocks.mul_(1 / 255).square_().square_().mul_(scale)
-    return value.view(-1)[: codes.numel()].view(shape)
+def _scale_key(key: str, law: Law) -> str:
+    return f"{key}_scale" if law == "companded" else f"{key}_scale_{law}"

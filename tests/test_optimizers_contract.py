@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from shoestring.checkpoint import load_optimizer_state, optimizer_state
+from shoestring.ops.rounding import RoundingNoise
 from shoestring.optimizers import (
     APOLLO,
     COSMOS,
@@ -30,7 +31,6 @@ from shoestring.optimizers import (
 )
 from shoestring.optimizers.moments import BLOCK, moment_bytes, new_moment, read, write
 from shoestring.optimizers.subspace import leading_basis, turn
-from shoestring.optimizers.weights import RoundingNoise
 from shoestring.recipes import (
     AdaLomo,
     Apollo,

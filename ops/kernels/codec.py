@@ -62,9 +62,7 @@ def decode_kernel(
     tl.store(value + place, decoded(code, scale[:, None], table, LAW, SIGNED), mask=place < elements)
 
 
-def encode(
-    value: Tensor, codes: Tensor, scales: Tensor, law: Law, *, signed: bool, threshold: float
-) -> None:
+def encode(value: Tensor, codes: Tensor, scales: Tensor, law: Law, *, signed: bool, threshold: float) -> None:
     """As `codec.encode`, whose arguments it takes; all contiguous."""
     elements, block = value.numel(), block_of(law)
     encode_kernel[(triton.cdiv(elements, block * ROWS),)](
@@ -94,7 +92,11 @@ def _cases() -> list[Case]:
             into = {**pointers, "elements": "i64", "threshold": "fp32"}
             cases.append(Case(f"encode {name}", encode_kernel, into, shape, 8, aligned=("elements",)))
             back = {**pointers, "elements": "i64"}
-            cases.append(Case(f"decode {name}", decode_kernel, back, shape, 8, aligned=("elements",), wide=law != "four"))
+            cases.append(
+                Case(
+                    f"decode {name}", decode_kernel, back, shape, 8, aligned=("elements",), wide=law != "four"
+                )
+            )
     return cases
 
 

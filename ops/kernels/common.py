@@ -1,8 +1,8 @@
-"""What the kernels share: random bits, rounding, the blockwise codes, and how a case for the compiler is stated.
+"""What the kernels share: random bits, rounding, blockwise codes, and how a case for the compiler is stated.
 
-Rules for all of them: `tl.program_id` is widened to int64 before it is multiplied (offsets pass 2^31); bfloat16
-is widened right after a load and made in the store alone; scalars that change from step to step are run-time
-arguments, cast to float32, so that nothing is compiled again and none of it is float64.
+Rules for all of them: `tl.program_id` is widened to int64 before it is multiplied (offsets pass 2^31);
+bfloat16 is widened right after a load and made in the store alone; scalars that change from step to step are
+run-time arguments, cast to float32, so that nothing is compiled again and none of it is float64.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def rounded(x):
 
 @triton.jit
 def decoded(codes, scale, table, LAW: tl.constexpr, SIGNED: tl.constexpr):
-    """float32 of codes (int32: signed ones in their sign, `dynamic` 0..255); scale broadcasts; table [256]."""
+    """float32 of codes (int32: signed ones in their sign, `dynamic` 0..255); scale broadcasts."""
     if LAW == 2:
         value = tl.load(table + (codes & 255))
     elif SIGNED:
@@ -97,7 +97,7 @@ def decoded(codes, scale, table, LAW: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def encoded(value, scale, threshold, table, LAW: tl.constexpr, SIGNED: tl.constexpr):
-    """int32 codes of float32 values; scale (max |value| of the block) broadcasts; threshold: of unsigned ones."""
+    """int32 codes of float32 values; scale (max |value| of the block) broadcasts."""
     share = value * (1.0 / tl.maximum(scale, _SMALLEST_SCALE))
     if LAW == 2:
         code = _nearest(share, threshold, table, SIGNED)

@@ -1,0 +1,104 @@
+"""How an update enters the weights: bit by bit through a small buffer, so that nothing of it is lost.
+
+Three ways out of bfloat16's eight digits, and none:
+
+    sr       round up or down at random, in proportion: right on average, no memory (`rounding.py`)
+    kahan    remember what rounding took, in bfloat16: 2 bytes a weight (Kahan's compensated sum); what that
+             cannot hold either is rounded at random
+    master   keep the weights in float32 too: 4 bytes a weight
+    plain    round to nearest
+
+Weights of float32 and float64 are changed in place, whatever the mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .rounding import dither_
+
+Mode = Literal["sr", "kahan", "master", "plain"]
+Step = Callable[[Tensor, slice], None]
+"""step(target, rows): add the update of these rows (of dimension 1) to `target` [B, rows, n], in place."""
+
+# Rows worth some megabytes stay in the processor's cache while an update goes through them operation by
+# operation.
+_CPU_ELEMENTS = 1 << 20
+_CUDA_ELEMENTS = 1 << 26
+
+
+def add_step(
+    weights: list[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    step: Step,
+    *,
+    keep: float,
+    mode: Mode,
+    noise: Callable[[int, int, int], Tensor],
+) -> None:
+    """weights ← keep · weights + step, where all weights [E, m, n] are of one shape and type.
+
+    keep: 1 - rate · weight decay. noise(which, first, count): random integers for that weight's elements.
+    """
+    shape, dtype = weights[0].shape, weights[0].dtype
+    most = _CPU_ELEMENTS if weights[0].device.type == "cpu" else _CUDA_ELEMENTS
+    size = max(1, most // (shape[0] * shape[2] * len(weights)))
+    in_place = dtype in (torch.float32, torch.float64)
+    if in_place and len(weights) == 1:
+        for first in range(0, shape[1], size):
+            rows = slice(first, min(first + size, shape[1]))
+            target = weights[0][:, rows]
+            step(target.mul_(keep) if keep != 1.0 else target, rows)
+        return
+    for first in range(0, shape[1], size):
+        rows = slice(first, min(first + size, shape[1]))
+        parts = [w[:, rows] for w in weights]
+        if in_place:
+            target = torch.cat(parts)
+        elif mode == "master":
+            masters = [s["master"].view(shape)[:, rows] for s in states]
+            target = masters[0] if len(masters) == 1 else torch.cat(masters)
+        elif mode == "kahan":
+            lost = [s["compensation"].view(shape)[:, rows] for s in states]
+            target = torch.cat(lost).float()
+            if keep != 1.0:
+                target.add_(torch.cat(parts), alpha=keep - 1.0)
+        else:
+            target = torch.cat(parts).float()
+        if keep != 1.0 and (in_place or mode != "kahan"):
+            target.mul_(keep)
+        step(target, rows)
+        pieces = torch.split(target, shape[0])
+        if in_place:
+            torch._foreach_copy_(parts, list(pieces))
+        elif mode == "master":
+            if len(parts) > 1:
+                torch._foreach_copy_(masters, list(pieces))
+            torch._foreach_copy_(parts, list(pieces))
+        elif mode == "kahan":
+            for which, (part, loss, wanted) in enumerate(zip(parts, lost, pieces, strict=True)):
+                moved = part.float().add_(wanted).to(dtype)
+                rest = wanted.sub_(moved.float().sub_(part.float()))
+                if dtype == torch.bfloat16:
+                    # To nearest, the same small update would be cut in the same way at every step.
+                    _dither(rest, [noise(which, *_range(shape, e, rows)) for e in range(shape[0])])
+                loss.copy_(rest)
+                part.copy_(moved)
+        else:
+            if mode == "sr" and dtype == torch.bfloat16:
+                for which, piece in enumerate(pieces):
+                    _dither(piece, [noise(which, *_range(shape, e, rows)) for e in range(shape[0])])
+            torch._foreach_copy_(parts, list(pieces))
+
+
+def _range(shape: torch.Size, e: int, rows: slice) -> tuple[int, int]:
+    return (e * shape[1] + rows.start) * shape[2], (rows.stop - rows.start) * shape[2]
+
+
+def _dither(values: Tensor, noise: list[Tensor]) -> None:
+    for part, random in zip(values, noise, strict=True):
+        dither_(part, random)

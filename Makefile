@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # What is installed: this tree, editable. .ci/run gives a built wheel instead.
 INSTALL ?= --editable .
-EXTRAS := quantized,optimizers,gguf,tensorboard,deepspeed,demo,oracle,dev
+EXTRAS := quantized,optimizers,gguf,kernels,liger,tensorboard,deepspeed,demo,oracle,dev
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -48,7 +48,7 @@ types: install
 	MYPYPATH=build/types $(BIN)/mypy -p shoestring
 
 bench: install
-	@$(PIP) --constraint constraints.txt trl
+	@$(PIP) --constraint constraints.txt trl torchao
 	$(BIN)/python benchmarks/bad_input.py
 	$(BIN)/python benchmarks/memory_prediction.py
 	$(BIN)/python benchmarks/landing.py

@@ -1,4 +1,4 @@
-"""How benchmarks/ops.py measures: contenders in turns, medians, and the machine's own limits in the same run."""
+"""How benchmarks/ops.py measures: contenders in turns, medians, the machine's own limits in the same run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-# What an H200 reaches, for floors where no GPU is at hand: bytes read and written a second, bf16 FLOP a second.
+# What an H200 reaches, for floors where no GPU is at hand: bytes read and written, bf16 FLOP, a second.
 H200_COPY, H200_MATMUL = 4.3e12, 790e12
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operation at one shape: seconds of each contender (ours is called `ours`), and what it cannot do without.
+    """One operation at one shape: seconds of each contender (ours is `ours`), and what it needs at least.
 
     bytes: read and written at least; flops: in matrix products; memory: bytes beyond inputs and outputs.
     """
@@ -31,9 +31,9 @@ class Row:
 def median_seconds(
     contenders: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int = 7
 ) -> dict[str, float]:
-    """Median seconds of each, run in turns so that what disturbs the machine disturbs all; one warm-up each."""
+    """Median seconds of each, in turns, so that what disturbs the machine disturbs all; one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, run in contenders.items():
+    for run in contenders.values():
         run()
     for _ in range(rounds):
         for name, run in contenders.items():

@@ -64,7 +64,9 @@ class MatrixStepper:
 
     def can_cut(self, parameter: Tensor, group: Group) -> bool:
         """See Stepper."""
-        return bool(group["kind"] == "adamw") and parameter.is_contiguous()
+        # codes of 4 bits lie two in a byte: what belongs to a range of elements is no range of the tensor
+        whole_bytes = group["state_bits"] != 4
+        return bool(group["kind"] == "adamw") and parameter.is_contiguous() and whole_bytes
 
     @torch.no_grad()
     def start(self, piece: Piece, views: dict[str, Tensor]) -> State:

@@ -36,7 +36,7 @@ def supports(config: OptimizerConfig) -> str | None:
         case Frugal() if config.projection == "blocks":
             return "with projection=blocks its state wanders from matrix to matrix; take another projection"
         case (
-            AdamW() | Apollo() | ApolloMini() | QApollo() | GaLore() | NaturalGaLore()
+            AdamW() | Lion() | Apollo() | ApolloMini() | QApollo() | GaLore() | NaturalGaLore()
             | Frugal() | Cosmos() | Muon() | Soap()
         ):  # fmt: skip
             return None
@@ -49,7 +49,7 @@ def supports(config: OptimizerConfig) -> str | None:
                 "bitsandbytes keeps its 8-bit state in memory; optimizer=adamw optimizer.state_bits=8 can be "
                 "moved"
             )
-        case Adafactor() | Lion() | AdamMini() | Came() | ScheduleFreeAdamW():
+        case Adafactor() | AdamMini() | Came() | ScheduleFreeAdamW():
             return "a library owns its state; optimizer=adamw can be moved"
         case _:
             assert_never(config)

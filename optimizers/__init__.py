@@ -8,12 +8,12 @@ from .build import build_optimizer, set_rate, takes_matrices
 from .clip import clip_by_global_norm
 from .cosmos import COSMOS
 from .cost import Cost
+from .elementwise import AdamW, Lion
 from .frugal import FRUGAL
 from .galore import GaLore
 from .groups import parameter_groups
 from .in_backward import step_in_backward
 from .lomo import LOMO
-from .low_bit_adamw import AdamW
 from .muon import Muon
 from .natural_galore import NaturalGaLore
 from .q_apollo import QAPOLLO
@@ -34,6 +34,7 @@ __all__ = [
     "BAdam",
     "Cost",
     "GaLore",
+    "Lion",
     "Muon",
     "NaturalGaLore",
     "Slot",

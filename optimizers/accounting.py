@@ -44,7 +44,7 @@ from ..recipes.optimizers import (
 )
 from . import adalomo, adamw, apollo, badam, cosmos, frugal, galore, lomo, muon, natural_galore, soap
 from .build import asks_for_own_adamw
-from .cost import Cost, adamw_cost, weight_traffic
+from .cost import Cost, adamw_cost, state_traffic, weight_traffic
 from .from_libraries import library_state_bytes
 from .roles import Slot
 
@@ -67,6 +67,8 @@ def state_bytes(config: OptimizerConfig, slots: Iterable[Slot], dtype: torch.dty
             return _blockwise(elements, states=2)
         case Lion8bit():
             return _blockwise(elements, states=1)
+        case Lion():
+            return sum(adamw.state_bytes(slot.shape, config, dtype, rule="lion") for slot in trained)
         case Apollo() | ApolloMini() | QApollo():
             rule = apollo.state_bytes
         case NaturalGaLore():
@@ -87,7 +89,7 @@ def state_bytes(config: OptimizerConfig, slots: Iterable[Slot], dtype: torch.dty
             return sum(lomo.state_bytes(slot.shape, config, dtype) for slot in trained)
         case AdaLomo():
             return sum(adalomo.state_bytes(slot.shape, config, dtype) for slot in trained)
-        case Adafactor() | Lion() | AdamMini() | Came() | ScheduleFreeAdamW():
+        case Adafactor() | AdamMini() | Came() | ScheduleFreeAdamW():
             return library_state_bytes(config, [(slot.name, slot.shape) for slot in trained], dtype)
         case _:
             assert_never(config)
@@ -119,6 +121,8 @@ def update_cost(config: OptimizerConfig, slots: Iterable[Slot], dtype: torch.dty
                 total += Cost(weight_traffic(n, dtype) + 4 * n)
             case Lion8bit():
                 total += Cost(weight_traffic(n, dtype) + 2 * n)
+            case Lion():
+                total += Cost(weight_traffic(n, dtype) + state_traffic(n, config))
             case AdamW() | BAdam():
                 total += adamw_cost(n, config, dtype)
             case _ if slot.role != "matrix":

@@ -35,9 +35,10 @@ from ..recipes.optimizers import (
     Soap,
 )
 from . import adalomo, apollo, badam, cosmos, frugal, galore, lomo, muon, natural_galore, q_apollo, soap
+from .elementwise import AdamW as OwnAdamW
+from .elementwise import Lion as OwnLion
 from .from_libraries import build_from_library
 from .groups import parameter_groups
-from .low_bit_adamw import AdamW as OwnAdamW
 
 _log = logging.getLogger(__name__)
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -106,7 +107,9 @@ def build_optimizer(
             return lomo.LOMO(groups, lr=0.0, seed=seed, **options)
         case AdaLomo():
             return adalomo.AdaLOMO(groups, lr=0.0, seed=seed, **options)
-        case Adafactor() | Lion() | AdamMini() | Came() | ScheduleFreeAdamW():
+        case Lion():
+            return OwnLion(groups, lr=0.0, seed=seed, **options)
+        case Adafactor() | AdamMini() | Came() | ScheduleFreeAdamW():
             return build_from_library(model, config, groups)
         case _:
             assert_never(config)

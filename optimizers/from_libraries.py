@@ -3,7 +3,6 @@
 | name                | from                 | rule                                                       |
 |---------------------|----------------------|------------------------------------------------------------|
 | adafactor           | torch.optim          | arXiv:1804.04235; the rate is relative to the weights' RMS |
-| lion                | bitsandbytes, 32 bit | arXiv:2302.06675                                           |
 | adam_mini           | adam-mini            | arXiv:2406.16793, blocks from the model's structure        |
 | came                | came-pytorch         | arXiv:2307.02047                                           |
 | schedule_free_adamw | schedulefree         | arXiv:2405.15682; trains at y, is used at x                |
@@ -22,9 +21,9 @@ import torch
 from torch import nn
 
 from ..recipes.errors import UserError
-from ..recipes.optimizers import Adafactor, AdamMini, Came, Lion, ScheduleFreeAdamW
+from ..recipes.optimizers import Adafactor, AdamMini, Came, ScheduleFreeAdamW
 
-LibraryConfig = Adafactor | Lion | AdamMini | Came | ScheduleFreeAdamW
+LibraryConfig = Adafactor | AdamMini | Came | ScheduleFreeAdamW
 """The optimizers that are built here."""
 
 # torch squares its ε1, so this is the published 1e-30 on the squared gradient. torch's default, the dtype's
@@ -57,9 +56,6 @@ def build_from_library(
                 d=config.d,
                 foreach=True,
             )
-        case Lion():
-            lion = _package(config.name, "bitsandbytes").optim.Lion
-            return _built(lion(groups, lr=0.0, betas=config.betas, optim_bits=32))
         case AdamMini():
             return _adam_mini(model, config, groups)
         case Came():
@@ -92,7 +88,6 @@ def library_state_bytes(
     | optimizer           | matrices                                  | vectors                           |
     |---------------------|-------------------------------------------|-----------------------------------|
     | adafactor           | s (n / c + n / r) + 4                     | s n + 4                           |
-    | lion                | 4 n                                       | 4 n                               |
     | adam_mini           | s (n + blocks): a block is a row, or a    | s (n + 1) for norms,              |
     |                     | head of a query or key                    | 2 s n for biases and all others   |
     | came                | w (n + 2 n / c + 2 n / r) + s             | 2 w n + s, with w = max(s, 4)     |
@@ -112,8 +107,6 @@ def _bytes(
     match config:
         case Adafactor():
             return itemsize * factors + 4
-        case Lion():
-            return 4 * n
         case AdamMini():
             block = _block(name, len(shape))
             if block == "mlp":

@@ -229,7 +229,7 @@ def _checked(optimizer: torch.optim.Optimizer | StepsAlone) -> StepsAlone:
         kind = type(inner)
         raise TypeError(
             f"{kind.__module__}.{kind.__qualname__} steps all its tensors at once and cannot step inside the "
-            "backward pass; the optimizers of shoestring.optimizers can (for AdamW: low_bit_adamw.AdamW)"
+            "backward pass; the optimizers of shoestring.optimizers can (for AdamW: elementwise.AdamW)"
         )
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

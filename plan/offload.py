@@ -16,7 +16,7 @@ from ..offload.support import supports
 from ..optimizers import adamw, state_bytes
 from ..optimizers.build import asks_for_own_adamw
 from ..optimizers.roles import Slot
-from ..recipes import AdamW, DpoObjective, LoraAdapter, OffloadConfig, OptimizerConfig, QApollo, Recipe
+from ..recipes import AdamW, DpoObjective, Lion, LoraAdapter, OffloadConfig, OptimizerConfig, QApollo, Recipe
 from ..recipes.errors import UserError, in_columns
 from ..recipes.offload import Tier
 from .memory import Moved, Sizes
@@ -181,10 +181,12 @@ def _layout(config: OptimizerConfig, slot: Slot, weight: Tensor) -> dict[str, Te
     if isinstance(config, AdamW) and not asks_for_own_adamw(config, weight.dtype):
         return {"exp_avg": weight, "exp_avg_sq": weight}
     state: dict[str, Any] = {}
-    adamw.new_state(state, weight, config.model_dump(include={"state_bits", "weights"}))
+    rule = "lion" if isinstance(config, Lion) else "adamw"
+    adamw.new_state(state, weight, config.model_dump(include={"state_bits", "weights"}) | {"rule": rule})
     return state
 
 
 def _is_elementwise(config: OptimizerConfig, slot: Slot) -> bool:
-    """Whether AdamW steps the tensor, element by element."""
-    return isinstance(config, AdamW) or slot.role != "matrix"
+    """Whether AdamW or Lion steps the tensor, element by element, and ranges of it can be stepped alone."""
+    by_element = isinstance(config, AdamW | Lion) or slot.role != "matrix"
+    return by_element and getattr(config, "state_bits", 32) != 4

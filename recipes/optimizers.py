@@ -66,7 +66,17 @@ class _Own(_Optimizer):
     )
 
 
-class AdamW(_Own):
+class _Elementwise(_Own):
+    """Rules that go element by element, whose state may have 4 bits too."""
+
+    state_bits: Literal[32, 16, 8, 4] = Field(
+        default=32,
+        description="Bits of an element of state. 8 and 4 are blockwise: a scale for each 256 or 128 "
+        "elements; tensors below 4,096 elements stay at 32.",
+    )
+
+
+class AdamW(_Elementwise):
     """AdamW (arXiv:1711.05101): PyTorch's fused one unless an option asks for more."""
 
     name: Literal["adamw"] = Field(
@@ -328,11 +338,11 @@ class Adafactor(_Optimizer):
     d: float = Field(default=1.0, ge=1, description="Largest root mean square of an update, before the rate.")
 
 
-class Lion(_Optimizer):
+class Lion(_Elementwise):
     """Lion (arXiv:2302.06675)."""
 
     name: Literal["lion"] = Field(
-        default="lion", description="Lion (arXiv:2302.06675): the sign of the momentum, through bitsandbytes."
+        default="lion", description="Lion (arXiv:2302.06675): the sign of the momentum; one moment."
     )
     betas: Betas = Field(default=(0.9, 0.99), description="Decay of the step's mix and of the momentum.")
 

@@ -15,7 +15,7 @@ from shoestring.offload.activations import apply_activations, decoder_layers
 from shoestring.offload.pool import HostPool
 from shoestring.offload.swap import PlainLink
 from shoestring.optimizers.in_backward import step_in_backward
-from shoestring.optimizers.low_bit_adamw import AdamW
+from shoestring.optimizers.elementwise import AdamW
 
 CHOICES = {
     "keep": ("keep",) * LAYERS,

@@ -20,6 +20,7 @@ from shoestring.optimizers import (
     AdamW,
     APOLLOMini,
     GaLore,
+    Lion,
     Muon,
     NaturalGaLore,
     build_optimizer,
@@ -43,12 +44,14 @@ from shoestring.recipes import (
 )
 from shoestring.recipes import AdamW as AdamWConfig
 from shoestring.recipes import GaLore as GaLoreConfig
+from shoestring.recipes import Lion as LionConfig
 from shoestring.recipes import Muon as MuonConfig
 from shoestring.recipes import NaturalGaLore as NaturalGaLoreConfig
 from torch import nn
 
 OURS = {
     "adamw": (AdamW, {"lr": 1e-3}, AdamWConfig),
+    "lion": (Lion, {"lr": 1e-3}, LionConfig),
     "apollo": (APOLLO, {"lr": 3e-3, "rank": 8, "update_proj_gap": 3}, Apollo),
     "apollo_mini": (APOLLOMini, {"lr": 1e-3, "update_proj_gap": 3}, ApolloMini),
     "q_apollo": (QAPOLLO, {"lr": 3e-3, "rank": 8, "update_proj_gap": 3}, QApollo),
@@ -360,7 +363,7 @@ def test_a_rate_of_zero_moves_nothing(name):
     assert equal(model, start)
 
 
-MATRIX_METHODS = [n for n in OURS if n not in ("adamw", "lomo", "adalomo")]
+MATRIX_METHODS = [n for n in OURS if n not in ("adamw", "lion", "lomo", "adalomo")]
 
 
 @pytest.mark.parametrize("name", MATRIX_METHODS)

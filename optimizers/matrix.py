@@ -51,6 +51,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Whether the rule is for tensors of all kinds, so that AdamW takes none."""
     steps_alone = True
     """Whether a step is no more than the steps of its tensors, in any order, each with its own state."""
+    allowed_bits: tuple[int, ...] = (32, 16, 8)
+    """What `state_bits` may be."""
 
     def __init__(
         self,
@@ -70,8 +72,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for beta in betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas are {betas}; each must be in [0, 1)")
-        if state_bits not in (32, 16, 8):
-            raise ValueError(f"state_bits is {state_bits}; allowed: 32, 16, 8")
+        if state_bits not in self.allowed_bits:
+            allowed = ", ".join(map(str, self.allowed_bits))
+            raise ValueError(f"state_bits is {state_bits}; allowed: {allowed}")
         if weights not in ("sr", "kahan", "master", "plain"):
             raise ValueError(f"weights is {weights!r}; allowed: 'sr', 'kahan', 'master', 'plain'")
         defaults: Group = {

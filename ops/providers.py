@@ -2,6 +2,7 @@
 
     triton   our kernels in ops/kernels, on a CUDA device (under TRITON_INTERPRET=1 on a CPU, for tests)
     native   our C++ in ops/native, on a CPU, compiled once a machine where a compiler is at hand
+    liger    functions of the package Liger, on a CUDA device where it is installed: see liger.py
     torch    PyTorch's own operations: everywhere, and what the others are held to
 
 An operation asks `choose(name, device, [what it has])` and gets the first of these that can run there. The
@@ -22,7 +23,7 @@ import torch
 
 from ..recipes.errors import UserError
 
-Provider = Literal["triton", "native", "torch"]
+Provider = Literal["triton", "native", "liger", "torch"]
 
 used: dict[str, Provider] = {}
 """What the last call of each operation ran."""
@@ -37,7 +38,9 @@ def choose(
     Raises UserError where SHOESTRING_OPS asks for one that is not offered or cannot run there.
     """
     asked = _wanted(os.environ.get("SHOESTRING_OPS", ""))
-    wanted = asked.get(operation, asked.get(""))
+    wanted = asked.get(operation)
+    if wanted is None and asked.get("") in (*offered, *by_name, "torch"):  # for all that have it
+        wanted = asked[""]
     if wanted is None:
         chosen: Provider = next(
             p for p in get_args(Provider) if p in (*offered, "torch") and _idle(p, device)
@@ -62,6 +65,11 @@ def lines(device: torch.device) -> list[str]:
     if device.type == "cpu" and (reason := _lacks("native", device)):
         return [f"ops: PyTorch's own operations are used for optimizer steps, since {reason}"]
     return []
+
+
+def runs(provider: Provider, device: torch.device) -> bool:
+    """Whether `provider` can run on `device`."""
+    return _lacks(provider, device) is None
 
 
 def interpreting() -> bool:
@@ -91,7 +99,17 @@ def _lacks(provider: Provider, device: torch.device) -> str | None:
         from . import native
 
         return native.missing()
+    if provider == "liger":
+        if device.type != "cuda":
+            return "Liger's kernels need a CUDA device"
+        if not _has_liger():
+            return "Liger is not installed; pip install 'shoestring[liger]'"
     return None
+
+
+@cache
+def _has_liger() -> bool:
+    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
 @cache

@@ -26,7 +26,6 @@ from torch import Tensor
 from .adamw import adamw_update, advance
 from .codec import Law, block_of, decode, encode, threshold_at
 from .providers import Provider, choose
-from .rounding import PERIOD, noise_tile
 from .writing import Mode, add_step
 
 Rule = Literal["adamw", "lion"]
@@ -158,7 +157,6 @@ def reference(
     if skip is not None and bool(skip):
         return
     keep = 1 - lr * weight_decay
-    tile = noise_tile(key).to(weights[0].device).repeat(2) if _needs_noise(weights, mode) else None
     for i, weight in enumerate(weights):
         flat, grad = weight.view(-1), grads[i].reshape(-1)
         kept = {} if not extra else {"master" if mode == "master" else "compensation": extra[i].view(-1)}
@@ -179,11 +177,8 @@ def reference(
             def add(target: Tensor, rows: slice, update: Tensor = update) -> None:
                 target.add_(update[rows].view(target.shape), alpha=-lr)
 
-            def noise(_: int, at: int, count: int, begin: int = starts[i] + part.start) -> Tensor:
-                assert tile is not None
-                return tile[(begin + at) % PERIOD :][:count]
-
             beside = [{name: value[part].view(1, -1, 1) for name, value in kept.items()}]
+            noise = [(key, starts[i] + part.start)]
             add_step([flat[part].view(1, -1, 1)], beside, add, keep=keep, mode=mode, noise=noise)
 
 
@@ -264,10 +259,6 @@ def _computing(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _needs_noise(weights: list[Tensor], mode: Mode) -> bool:
-    return bool(weights) and weights[0].dtype == torch.bfloat16 and mode in ("sr", "kahan")
-
-
 @torch.library.custom_op(
     "shoestring::quantised_step",
     mutates_args=("weights", "first", "first_scales", "second", "second_scales", "extra"),
@@ -282,7 +273,7 @@ def quantised_step_op(
     second_scales: list[Tensor],
     extra: list[Tensor],
     law: str,
-    mode: str,
+    writing: str,
     lr: float,
     beta1: float,
     beta2: float,
@@ -294,10 +285,13 @@ def quantised_step_op(
     grad_scale: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    """`quantised_step` as an operation that torch.compile keeps whole; law "" is None."""
+    """`quantised_step` as an operation that torch.compile keeps whole; law "" is None, writing its `mode`.
+
+    PyTorch's tracer has a positional argument `mode` of its own, which one of this name would collide with.
+    """
     quantised_step(
         rule, weights, grads, first, first_scales, second, second_scales, extra,  # type: ignore[arg-type]
-        law=law or None, mode=mode, lr=lr, betas=(beta1, beta2), eps=eps,  # type: ignore[arg-type]
+        law=law or None, mode=writing, lr=lr, betas=(beta1, beta2), eps=eps,  # type: ignore[arg-type]
         weight_decay=weight_decay, step=step, key=key, starts=starts, grad_scale=grad_scale, skip=skip,
     )  # fmt: skip
 

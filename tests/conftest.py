@@ -15,8 +15,8 @@ assert "triton" not in sys.modules
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import shoestring.plan.measure
-import shoestring.train.run
+import shoestring.plan.measure  # noqa: E402
+import shoestring.train.run  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,7 +52,11 @@ def _measured_once() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests first: with several workers, the last one to end then ends with short ones."""
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

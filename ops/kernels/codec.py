@@ -1,6 +1,6 @@
 """Blockwise codes alone (`ops/codec.py`): encode reads 4 bytes an element and writes 1, decode the other way.
 
-A program takes `ROWS` blocks of one scale each.
+A program takes some blocks of one scale each; fewer where a table is searched, which takes registers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codec import Law, block_of
-from .common import LAW_NUMBERS, Case, decoded, encoded, table_of
+from .case import Case
+from .numbers import LAW_NUMBERS, decoded, encoded, table_of
 
 ROWS = 16
+# Of encoding by a table, which is searched in registers.
+FEWER_ROWS = 8
 
 
 @triton.jit
@@ -65,9 +68,10 @@ def decode_kernel(
 def encode(value: Tensor, codes: Tensor, scales: Tensor, law: Law, *, signed: bool, threshold: float) -> None:
     """As `codec.encode`, whose arguments it takes; all contiguous."""
     elements, block = value.numel(), block_of(law)
-    encode_kernel[(triton.cdiv(elements, block * ROWS),)](
+    rows = FEWER_ROWS if law == "dynamic" else ROWS
+    encode_kernel[(triton.cdiv(elements, block * rows),)](
         value, codes.view(torch.int8), scales, table_of(law, signed, value.device), elements, threshold,
-        LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=ROWS, num_warps=8,
+        LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=rows, num_warps=8,
     )  # fmt: skip
 
 
@@ -90,12 +94,12 @@ def _cases() -> list[Case]:
             pointers = {"value": "*fp32", "codes": "*i8", "scales": "*fp32", "table": "*fp32"}
             name = f"{law} {'signed' if signed else 'unsigned'}"
             into = {**pointers, "elements": "i64", "threshold": "fp32"}
-            cases.append(Case(f"encode {name}", encode_kernel, into, shape, 8, aligned=("elements",)))
+            fewer = shape | ({"ROWS": FEWER_ROWS} if law == "dynamic" else {})
+            cases.append(Case(f"encode {name}", encode_kernel, into, fewer, 8, aligned=("elements",)))
             back = {**pointers, "elements": "i64"}
+            wide = law != "four"  # two codes in a byte: a thread's load is half as wide
             cases.append(
-                Case(
-                    f"decode {name}", decode_kernel, back, shape, 8, aligned=("elements",), wide=law != "four"
-                )
+                Case(f"decode {name}", decode_kernel, back, shape, 8, aligned=("elements",), wide=wide)
             )
     return cases
 

@@ -1,4 +1,4 @@
-"""What the kernels share: random bits, rounding, blockwise codes, and how a case for the compiler is stated.
+"""Numbers in kernels: random bits, rounding, blockwise codes.
 
 Rules for all of them: `tl.program_id` is widened to int64 before it is multiplied (offsets pass 2^31);
 bfloat16 is widened right after a load and made in the store alone; scalars that change from step to step are
@@ -8,8 +8,6 @@ run-time arguments, cast to float32, so that nothing is compiled again and none 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import triton
@@ -26,30 +24,6 @@ _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 # Laws as numbers, for `tl.constexpr` arguments.
 COMPANDED, LINEAR, DYNAMIC, FOUR = (tl.constexpr(n) for n in range(4))
 LAW_NUMBERS: Mapping[Law, int] = {"companded": 0, "linear": 1, "dynamic": 2, "four": 3}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel as the launcher would compile it, for tests that compile it ahead of time without a GPU.
-
-    signature: type of each argument that is no constexpr ("*fp32", "i64", "fp32"); aligned: arguments that
-    are multiples of 16 (pointers are, unless `unaligned` names them). Limits are asserted for each of the
-    capabilities; `wide`: whether loads of 128 bits are expected; `dots`: whether tensor cores are.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    aligned: tuple[str, ...] = ()
-    unaligned: tuple[str, ...] = ()
-    max_registers: int = 128
-    max_shared: int = 96 * 1024
-    wide: bool = True
-    dots: bool = False
-    capabilities: tuple[int, ...] = field(default=(80, 90))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the GPUs that we name, without spilling, in few registers, with 64-bit offsets."""
+"""Every kernel compiles for the GPUs that we name: no spills, few registers, offsets of 64 bits."""
 
 from __future__ import annotations
 

@@ -17,14 +17,15 @@ from typing import Any
 
 import triton
 from shoestring.ops import kernels
-from shoestring.ops.kernels.common import Case
+from shoestring.ops.kernels.case import Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 
 def all_cases() -> list[Case]:
     """The `AOT_CASES` of all files of the room."""
-    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
     return [case for module in modules for case in getattr(module, "AOT_CASES", [])]
 
 
@@ -43,10 +44,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
+        code = _cuobjdump(file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", code)
+    assert found, code[:1000]
     return {
         "name": case.name,
         "registers": int(found[1]),
@@ -66,9 +66,11 @@ def _id_is_wide(ir: str) -> bool:
     return not any(side in narrow for pair in products for side in pair)
 
 
-def _cuobjdump(flag: str, path: str) -> str:
+def _cuobjdump(path: str) -> str:
+    """Machine code and what it takes of the GPU."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    flags = ["-sass", "--dump-resource-usage"]
+    return subprocess.run([tool, *flags, path], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

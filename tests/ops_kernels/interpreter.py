@@ -63,9 +63,7 @@ def _patch_casts() -> None:
             return TensorHandle(_narrow(src.data.astype(np.float32)), to)
         return other()
 
-    InterpreterBuilder.cast_impl = lambda self, src, to: through_float32(
-        src, to, lambda: cast(self, src, to)
-    )
+    InterpreterBuilder.cast_impl = lambda self, src, to: through_float32(src, to, lambda: cast(self, src, to))
     InterpreterBuilder.create_fp_to_fp = lambda self, src, to, mode: through_float32(
         src, to, lambda: between(self, src, to, mode)
     )

@@ -1,4 +1,4 @@
-"""Tests of the kernels: on a GPU as they are, without one in Triton's interpreter (set in tests/conftest.py)."""
+"""Tests of the kernels: as they are on a GPU, else in Triton's interpreter (tests/conftest.py sets it)."""
 
 from __future__ import annotations
 

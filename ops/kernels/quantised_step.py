@@ -1,0 +1,253 @@
+"""Optimizer steps over many tensors in one launch: moments read, advanced, written back; weights moved.
+
+The formulas are those of `ops/quantised_step.py`. Each element is read once and written once, and the
+direction uses the moments in float32, before they are encoded again.
+
+A table on the device has a row of addresses for each tensor. A program looks up which tensor is its own and
+goes through up to `CHUNKS` tiles of it. Programs, tiles and launches leave no trace in the result: random
+bits and scales depend on an element's place in its own tensor alone.
+
+At 10 bytes an element and 4.3 TB/s an H200 has time for some 70 instructions an element; the loop has 65 with
+8-bit moments and rounding at random (130 if roots and quotients were rounded exactly).
+
+Tensors that begin at multiples of 16 bytes and have a multiple of 16 elements go by 128 bits a load; the
+others by a launch of their own, element by element.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..codec import Law, block_of, threshold_at
+from ..rounding import PERIOD as _PERIOD
+from .case import Case
+from .moments import read, write
+from .numbers import LAW_NUMBERS, dithered, noise_at, table_of
+
+TILE, CHUNKS, WARPS = 2048, 4, 8
+PERIOD = tl.constexpr(_PERIOD)
+# Of a tensor the table has: seven addresses, the elements, the place of the first one's random bits, and the
+# first program.
+COLUMNS = tl.constexpr(10)
+RULES = {"adamw": 0, "lion": 1, "direction": 2}
+MODES = {"plain": 0, "sr": 1, "kahan": 2, "master": 3}
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit(do_not_specialize=["key"])
+def step_kernel(
+    tensors, owners, grad_scale, skip, signed_table, unsigned_table,
+    rate, decay, gain_1, keep_2, gain_2, correction, eps, threshold, key,
+    RULE: tl.constexpr, MODE: tl.constexpr, WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr,
+    LAW: tl.constexpr, SCALED: tl.constexpr, SKIPS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """A step of all tensors of the table. ALIGN: what addresses and sizes are multiples of, 16 or 1."""
+    if SKIPS:  # noqa: SIM102 (`and` would load it always)
+        if tl.load(skip) != 0:
+            return
+    program = tl.program_id(0).to(tl.int64)
+    mine = tensors + tl.load(owners + program).to(tl.int64) * COLUMNS
+    weights = tl.multiple_of(tl.load(mine).to(tl.pointer_type(WEIGHT)), ALIGN)
+    grads = tl.multiple_of(tl.load(mine + 1).to(tl.pointer_type(GRAD)), ALIGN)
+    first_at, first_scales = tl.load(mine + 2), tl.load(mine + 3)
+    second_at, second_scales = tl.load(mine + 4), tl.load(mine + 5)
+    extra = tl.multiple_of(tl.load(mine + 6).to(tl.pointer_type(tl.float32 if MODE == 3 else WEIGHT)), ALIGN)
+    size, start = tl.multiple_of(tl.load(mine + 7), ALIGN), tl.load(mine + 8)
+    factor = tl.load(grad_scale).to(tl.float32) if SCALED else 1.0
+    rate, decay, gain_1 = tl.cast(rate, tl.float32), tl.cast(decay, tl.float32), tl.cast(gain_1, tl.float32)
+    keep_2, gain_2 = tl.cast(keep_2, tl.float32), tl.cast(gain_2, tl.float32)
+    correction, eps = tl.cast(correction, tl.float32), tl.cast(eps, tl.float32)
+    threshold = tl.cast(threshold, tl.float32)
+
+    TILE: tl.constexpr = ROWS * BLOCK
+    row = tl.arange(0, ROWS)
+    place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = (program - tl.load(mine + 9)) * (TILE * CHUNKS)
+    for _ in range(tl.minimum(tl.cdiv(size - first, TILE), CHUNKS).to(tl.int32)):
+        left = tl.minimum(size - first, TILE).to(tl.int32)
+        inside = place < left
+        # All loads stand before the stores, which they could not be moved across.
+        g = tl.load(grads + first + place, mask=inside, other=0.0).to(tl.float32)
+        m = read(first_at, first_scales, signed_table, first, row, left,
+                 MOMENT, LAW, True, ALIGN, BLOCK, ROWS)  # fmt: skip
+        if RULE != 1:
+            v = read(second_at, second_scales, unsigned_table, first, row, left,
+                     MOMENT, LAW, False, ALIGN, BLOCK, ROWS)  # fmt: skip
+        if RULE != 2 and MODE != 3:
+            w = tl.load(weights + first + place, mask=inside, other=0.0).to(tl.float32)
+        if MODE >= 2:
+            kept = tl.load(extra + first + place, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            g = g * factor
+        if RULE == 1:
+            c = m + gain_1 * (g - m)
+            update = -rate * tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
+            m = m + gain_2 * (g - m)
+        else:
+            m = m + gain_1 * (g - m)
+            v = keep_2 * v + gain_2 * (g * g)
+            root = tl.sqrt(v)
+            inverse = tl.rsqrt(root * correction + eps)
+            update = -rate * m * (inverse * inverse)
+            write(v, root, second_at, second_scales, unsigned_table, threshold, first, row, left,
+                  MOMENT, LAW, False, ALIGN, BLOCK, ROWS)  # fmt: skip
+        write(m, m, first_at, first_scales, signed_table, threshold, first, row, left,
+              MOMENT, LAW, True, ALIGN, BLOCK, ROWS)  # fmt: skip
+        if RULE == 2:
+            moved = update
+        elif MODE == 3:
+            moved = kept - decay * kept + update
+            tl.store(extra + first + place, moved, mask=inside)
+        elif MODE == 2:
+            wanted = kept - decay * w + update
+            moved = (w + wanted).to(WEIGHT).to(tl.float32)
+            rest = wanted - (moved - w)
+            if WEIGHT == tl.bfloat16:  # noqa: SIM300
+                rest = dithered(rest, noise_at(place + ((start + first) & (PERIOD - 1)).to(tl.int32), key))
+            tl.store(extra + first + place, rest.to(WEIGHT), mask=inside)
+        else:
+            moved = w - decay * w + update
+            if MODE == 1:
+                moved = dithered(moved, noise_at(place + ((start + first) & (PERIOD - 1)).to(tl.int32), key))
+        tl.store(weights + first + place, moved.to(WEIGHT), mask=inside)
+        first += TILE
+
+
+def step(
+    rule: Literal["adamw", "lion"], weights: list[Tensor], grads: list[Tensor],
+    first: list[Tensor], first_scales: list[Tensor], second: list[Tensor], second_scales: list[Tensor],
+    extra: list[Tensor], *, law: Law | None, mode: Literal["sr", "kahan", "master", "plain"],
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, key: int,
+    starts: list[int], grad_scale: Tensor | None, skip: Tensor | None,
+) -> None:  # fmt: skip
+    """As `quantised_step.quantised_step`, whose arguments it takes."""
+    if not weights:
+        return
+    narrow = {torch.float32: ("plain",), torch.float16: ("plain", "kahan", "master")}.get(weights[0].dtype)
+    mode = mode if narrow is None or mode in narrow else "plain"
+    scalars = {
+        "rate": lr / (1 - betas[0] ** step) if rule == "adamw" else lr,
+        "decay": lr * weight_decay, "gain_1": 1 - betas[0], "keep_2": betas[1], "gain_2": 1 - betas[1],
+        "correction": (1 - betas[1] ** step) ** -0.5, "eps": eps, "threshold": threshold_at(step), "key": key,
+    }  # fmt: skip
+    _launch(
+        rule, mode, [weights, grads, first, first_scales, second, second_scales, extra], starts, law,
+        scalars, grad_scale, skip,
+    )  # fmt: skip
+
+
+def direction(
+    values: list[Tensor], first: list[Tensor], first_scales: list[Tensor],
+    second: list[Tensor], second_scales: list[Tensor], *,
+    law: Law | None, betas: tuple[float, float], eps: float, step: int,
+) -> None:  # fmt: skip
+    """As `quantised_step.quantised_direction`."""
+    if not values:
+        return
+    scalars = {
+        "rate": -1.0, "decay": 0.0, "gain_1": 1 - betas[0], "keep_2": betas[1], "gain_2": 1 - betas[1],
+        "correction": 1.0, "eps": eps, "threshold": threshold_at(step), "key": 0,
+    }  # fmt: skip
+    _launch(
+        "direction", "plain", [values, values, first, first_scales, second, second_scales, []],
+        [0] * len(values), law, scalars, None, None,
+    )  # fmt: skip
+
+
+def _launch(
+    rule: str, mode: str, columns: list[list[Tensor]], starts: list[int], law: Law | None,
+    scalars: dict[str, Any], grad_scale: Tensor | None, skip: Tensor | None,
+) -> None:  # fmt: skip
+    """One launch over the tensors that go by 128 bits, one over the others; none of nothing."""
+    weights, grads, first = columns[:3]
+    device, anything = weights[0].device, weights[0]
+    sizes = [weight.numel() for weight in weights]
+    addresses = [[t.data_ptr() for t in column] or [0] * len(weights) for column in columns]
+    groups: dict[int, list[int]] = {16: [], 1: []}
+    for i, size in enumerate(sizes):
+        if size:
+            whole = all(number % 16 == 0 for number in (size, *(addresses[c][i] for c in (0, 1, 2, 4, 6))))
+            groups[16 if whole else 1].append(i)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    block = 256 if law is None else block_of(law)
+    for align, members in groups.items():
+        if not members:
+            continue
+        programs = tuple(-(-sizes[i] // (TILE * CHUNKS)) for i in members)
+        rows, before = [], 0
+        for i, count in zip(members, programs, strict=True):
+            rows += [*(column[i] for column in addresses), sizes[i], starts[i] % _PERIOD, before]
+            before += count
+        step_kernel[(before,)](
+            _tensors(tuple(rows), device, stream), _owners(programs, device, stream),
+            anything if grad_scale is None else grad_scale, anything if skip is None else skip,
+            table_of(law or "linear", True, device), table_of(law or "linear", False, device), **scalars,
+            RULE=RULES[rule], MODE=MODES[mode], WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
+            MOMENT=_TYPES.get(first[0].dtype, tl.uint8), LAW=-1 if law is None else LAW_NUMBERS[law],
+            SCALED=grad_scale is not None, SKIPS=skip is not None, ALIGN=align,
+            BLOCK=block, ROWS=TILE // block, CHUNKS=CHUNKS, num_warps=WARPS,
+        )  # fmt: skip
+
+
+# Keyed by all that is in them, so that nothing remembered is ever out of date; and by the stream that filled
+# them, which another would have to wait for.
+@lru_cache(maxsize=128)
+def _tensors(rows: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int64 [tensors, COLUMNS] on `device`."""
+    return _sent(torch.tensor(rows, dtype=torch.int64), device)
+
+
+@lru_cache(maxsize=128)
+def _owners(programs: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int32 [programs] on `device`: the row of the tensor that each program works at."""
+    numbers = torch.arange(len(programs), dtype=torch.int32)
+    return _sent(numbers.repeat_interleave(torch.tensor(programs)), device)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """`table` on its way to `device`: nothing waits for it here."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _cases() -> list[Case]:
+    bf16, fp32 = tl.bfloat16, tl.float32
+    names = ("rate", "decay", "gain_1", "keep_2", "gain_2", "correction", "eps", "threshold")
+    signature = {
+        "tensors": "*i64", "owners": "*i32", "grad_scale": "*fp32", "skip": "*fp32", "signed_table": "*fp32",
+        "unsigned_table": "*fp32", **dict.fromkeys(names, "fp32"), "key": "i32",
+    }  # fmt: skip
+    listed = [
+        ("companded", "adamw", "sr", bf16, 0, 16),
+        ("companded, unaligned", "adamw", "sr", bf16, 0, 1),
+        ("companded kahan", "adamw", "kahan", bf16, 0, 16),
+        ("companded master", "adamw", "master", bf16, 0, 16),
+        ("companded, float32 weights", "adamw", "plain", fp32, 0, 16),
+        ("linear", "adamw", "sr", bf16, 1, 16),
+        ("dynamic", "adamw", "sr", bf16, 2, 16),
+        ("four", "adamw", "sr", bf16, 3, 16),
+        ("float32", "adamw", "sr", bf16, -1, 16),
+        ("bfloat16", "adamw", "sr", bf16, -1, 16),
+        ("companded", "lion", "sr", bf16, 0, 16),
+        ("companded", "direction", "plain", fp32, 0, 16),
+    ]
+    cases = []
+    for name, rule, mode, weight, law, align in listed:
+        block = 128 if law == 3 else 256
+        shape = {
+            "RULE": RULES[rule], "MODE": MODES[mode], "WEIGHT": weight, "GRAD": weight,
+            "MOMENT": bf16 if name == "bfloat16" else fp32, "LAW": law, "ALIGN": align,
+            "SCALED": rule != "direction", "SKIPS": rule != "direction",
+            "BLOCK": block, "ROWS": TILE // block, "CHUNKS": CHUNKS,
+        }  # fmt: skip
+        cases.append(Case(f"{rule} {name}", step_kernel, signature, shape, WARPS, wide=align == 16))
+    return cases
+
+
+AOT_CASES = _cases()

@@ -50,6 +50,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._reverse = False
         self.state = defaultdict(dict)
 
+    @property
+    def scales_gradients(self) -> bool:
+        """As `MatrixOptimizer`'s, of `inner`."""
+        return getattr(self.inner, "scales_gradients", False)
+
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """What `inner` multiplies the gradients of the next step by."""
+        return getattr(self.inner, "grad_scale", None)
+
+    @grad_scale.setter
+    def grad_scale(self, scale: Tensor | None) -> None:
+        self.inner.grad_scale = scale  # type: ignore[attr-defined]  # where `scales_gradients` says so
+
     # --- torch.optim.Optimizer
 
     @torch.no_grad()
@@ -78,6 +92,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         else:
             self._advance_lifted(self._lift, order)
         self._reverse = not self._reverse
+        if self.scales_gradients:
+            self.grad_scale = None
         return loss
 
     @torch.no_grad()

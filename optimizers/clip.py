@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..ops.grad_pack import global_norm
+
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -22,14 +24,31 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         kinds.setdefault((grad.device, grad.dtype), []).append(grad)
-    norms: list[Tensor] = []
-    for (_, dtype), same in kinds.items():
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        norms.extend(torch._foreach_norm(same, 2.0, dtype=precise))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(grads[0].device) for n in norms]))
+    places: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        places.setdefault(grad.device, []).append(grad)
+    norms = [global_norm(same).to(grads[0].device) for same in places.values()]
+    precise = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)).to(precise)
     if max_norm is None or (norm.device.type == "cpu" and bool(norm <= max_norm)):
         return norm
     scale = torch.clamp(max_norm / norm, max=1.0)
     for (device, _), same in kinds.items():
         torch._foreach_mul_(same, scale.to(device))
+    return norm
+
+
+def clip_for_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float | None
+) -> Tensor:
+    """`clip_by_global_norm`, where the next step of `optimizer` does the scaling if it can (`grad_scale`).
+
+    That spares a pass that reads and writes all gradients; they then stay as they are.
+    """
+    if max_norm is None or not getattr(optimizer, "scales_gradients", False):
+        return clip_by_global_norm(parameters, max_norm)
+    norm = clip_by_global_norm(parameters, None)
+    scales = norm.device.type != "cpu" or bool(norm > max_norm)
+    # None too: the step of a gradient that was not finite may have been skipped, and left its scale here
+    optimizer.grad_scale = torch.clamp(max_norm / norm, max=1.0) if scales else None  # type: ignore[attr-defined]
     return norm

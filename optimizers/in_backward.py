@@ -27,8 +27,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..ops.grad_pack import global_norm
 from .matrix import MatrixOptimizer
-from .moments import computing_dtype
 
 _LAST_NORM = "norm_of_last_backward"
 
@@ -201,7 +201,7 @@ def _each_gradient(
             raise RuntimeError(f"a gradient of shape {tuple(grad.shape)} is sparse")
         # Read here and not at the end: what is not finite must not reach a weight. The one number that a GPU
         # sends over for each tensor costs microseconds beside that tensor's own product.
-        norm = seen.norms[p] = float(torch.linalg.vector_norm(grad, dtype=computing_dtype(grad.dtype)))
+        norm = seen.norms[p] = float(global_norm([grad]))
         if not math.isfinite(norm) and seen.broken is None:
             seen.broken = p
         if seen.broken is None:

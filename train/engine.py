@@ -21,7 +21,7 @@ from ..offload import Stored, in_memory
 from ..offload.streamed_model import StreamedModel
 from ..ops import FreedMemory, Int8Weight, dense_weights, make_dense
 from ..ops.int8_weight import from_plain, to_plain
-from ..optimizers import clip_by_global_norm
+from ..optimizers import clip_for_step
 from ..optimizers.badam import BAdam
 from ..optimizers.from_libraries import averaged_weights, end_at_averaged_weights
 from ..optimizers.in_backward import BackwardPass, BackwardStepper
@@ -157,7 +157,7 @@ class NativeEngine:
             trained = self.optimizer.active_parameters()
         else:
             trained = list(self.parameters.values())
-        norm = clip_by_global_norm(trained, max_grad_norm)
+        norm = clip_for_step(self.optimizer, trained, max_grad_norm)
         if torch.isfinite(norm):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..checkpoint import Piece
 from ..data import Batch
+from ..ops.grad_pack import global_norm
 from ..recipes import Fsdp2Config
 from .engine import Interrupted, loss_and_sums
 from .objectives import base_model
@@ -105,8 +106,7 @@ class Fsdp2Engine(ShardedEngine):
             for p in group["params"]
             if p.grad is not None
         ]
-        squares = [norm.square() for norm in torch._foreach_norm(grads, 2.0, dtype=torch.float32)]
-        total = torch.stack(squares).sum().to(self.accelerator.device) if squares else torch.zeros(())
+        total = global_norm(grads).square().float().to(self.accelerator.device)
         norm: Tensor = self.accelerator.reduce(total, reduction="sum").sqrt()
         if max_grad_norm is not None and bool(norm > max_grad_norm):
             torch._foreach_mul_(grads, float(max_grad_norm / norm))

@@ -12,6 +12,8 @@ kernels compute the same numbers where they need them.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -44,25 +46,23 @@ def noise_tile(key: int) -> Tensor:
     return _shifted(x.bitwise_xor_(_shifted(x, 16)), 16)
 
 
-class RoundingNoise:
-    """Keeps the tile of the step that was asked for last."""
+Noise = tuple[int, int]
+"""Where the random bits of a tensor are: `noise_key` of its step and `noise_start` of its first element."""
 
-    def __init__(self) -> None:
-        self._key: tuple[int, torch.device] | None = None
-        self._tile = torch.empty(0)
 
-    def window(
-        self, seed: int, step: int, index: int, first: int, count: int, device: torch.device
-    ) -> Tensor:
-        """int32 [count] in [0, 65536) for elements first .. first + count of tensor `index`."""
-        key = noise_key(seed, step)
-        if self._key != (key, device):
-            self._tile = noise_tile(key).to(device).repeat(2)
-            self._key = (key, device)
-        start = noise_start(index, first)
-        if count > PERIOD:
-            return self._tile[start : start + PERIOD].repeat(-(-count // PERIOD))[:count]
-        return self._tile[start : start + count]
+def noise_window(noise: Noise, first: int, count: int, device: torch.device) -> Tensor:
+    """int32 [count] in [0, 65536) for the elements first .. first + count of a tensor, to be read only."""
+    tile = _twice(noise[0], device)
+    start = (noise[1] + first) % PERIOD
+    if count > PERIOD:
+        return tile[start : start + PERIOD].repeat(-(-count // PERIOD))[:count]
+    return tile[start : start + count]
+
+
+@lru_cache(maxsize=2)
+def _twice(key: int, device: torch.device) -> Tensor:
+    """The tile of a step, which all tensors read, one after the other: a window never has a seam."""
+    return noise_tile(key).to(device).repeat(2)
 
 
 def dither_(values: Tensor, noise: Tensor) -> Tensor:

@@ -19,15 +19,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .rounding import dither_
+from .providers import choose
+from .rounding import Noise, dither_, noise_window
 
 Mode = Literal["sr", "kahan", "master", "plain"]
 Step = Callable[[Tensor, slice], None]
-"""step(target, rows): add the update of these rows (of dimension 1) to `target` [B, rows, n], in place."""
+"""step(target, rows): add the update of these rows (of dimension 1) to `target` [B, rows, n], in place.
 
-# Rows worth some megabytes stay in the processor's cache while an update goes through them operation by
+It only adds: `target` holds the weights, what is kept beside them, or nothing yet."""
+
+# Rows worth a megabyte stay in the processor's cache while an update goes through them operation by
 # operation.
-_CPU_ELEMENTS = 1 << 20
+_CPU_ELEMENTS = 1 << 18
 _CUDA_ELEMENTS = 1 << 26
 
 
@@ -38,67 +41,90 @@ def add_step(
     *,
     keep: float,
     mode: Mode,
-    noise: Callable[[int, int, int], Tensor],
+    noise: Sequence[Noise],
 ) -> None:
     """weights ← keep · weights + step, where all weights [E, m, n] are of one shape and type.
 
-    keep: 1 - rate · weight decay. noise(which, first, count): random integers for that weight's elements.
+    keep: 1 - rate · weight decay. states: each with its `master` or `compensation` where the mode has one.
+    noise: of each weight; read for bfloat16 weights in the modes sr and kahan alone.
     """
-    shape, dtype = weights[0].shape, weights[0].dtype
-    most = _CPU_ELEMENTS if weights[0].device.type == "cpu" else _CUDA_ELEMENTS
+    shape, device = weights[0].shape, weights[0].device
+    most = _CPU_ELEMENTS if device.type == "cpu" else _CUDA_ELEMENTS
     size = max(1, most // (shape[0] * shape[2] * len(weights)))
-    in_place = dtype in (torch.float32, torch.float64)
+    runs = [slice(first, min(first + size, shape[1])) for first in range(0, shape[1], size)]
+    in_place = weights[0].dtype in (torch.float32, torch.float64)
     if in_place and len(weights) == 1:
-        for first in range(0, shape[1], size):
-            rows = slice(first, min(first + size, shape[1]))
+        for rows in runs:
             target = weights[0][:, rows]
             step(target.mul_(keep) if keep != 1.0 else target, rows)
         return
-    for first in range(0, shape[1], size):
-        rows = slice(first, min(first + size, shape[1]))
-        parts = [w[:, rows] for w in weights]
-        if in_place:
-            target = torch.cat(parts)
-        elif mode == "master":
-            masters = [s["master"].view(shape)[:, rows] for s in states]
-            target = masters[0] if len(masters) == 1 else torch.cat(masters)
-        elif mode == "kahan":
-            lost = [s["compensation"].view(shape)[:, rows] for s in states]
-            target = torch.cat(lost).float()
-            if keep != 1.0:
-                target.add_(torch.cat(parts), alpha=keep - 1.0)
-        else:
-            target = torch.cat(parts).float()
-        if keep != 1.0 and (in_place or mode != "kahan"):
-            target.mul_(keep)
-        step(target, rows)
-        pieces = torch.split(target, shape[0])
-        if in_place:
-            torch._foreach_copy_(parts, list(pieces))
-        elif mode == "master":
-            if len(parts) > 1:
-                torch._foreach_copy_(masters, list(pieces))
-            torch._foreach_copy_(parts, list(pieces))
-        elif mode == "kahan":
-            for which, (part, loss, wanted) in enumerate(zip(parts, lost, pieces, strict=True)):
-                moved = part.float().add_(wanted).to(dtype)
-                rest = wanted.sub_(moved.float().sub_(part.float()))
-                if dtype == torch.bfloat16:
-                    # To nearest, the same small update would be cut in the same way at every step.
-                    _dither(rest, [noise(which, *_range(shape, e, rows)) for e in range(shape[0])])
-                loss.copy_(rest)
-                part.copy_(moved)
-        else:
-            if mode == "sr" and dtype == torch.bfloat16:
-                for which, piece in enumerate(pieces):
-                    _dither(piece, [noise(which, *_range(shape, e, rows)) for e in range(shape[0])])
-            torch._foreach_copy_(parts, list(pieces))
+    known = weights[0].dtype == torch.bfloat16 and all(w.is_contiguous() for w in weights)
+    if choose("writing", device, ["native"] if known else []) == "native":
+        from .native.step import write
+
+        for rows in runs:
+            target = torch.zeros(len(weights) * shape[0], rows.stop - rows.start, shape[2])
+            step(target, rows)
+            write(weights, states, target, rows, keep=keep, mode=mode, noise=noise)
+        return
+    for rows in runs:
+        _write(weights, states, step, rows, keep=keep, mode=mode, noise=noise)
 
 
-def _range(shape: torch.Size, e: int, rows: slice) -> tuple[int, int]:
-    return (e * shape[1] + rows.start) * shape[2], (rows.stop - rows.start) * shape[2]
+def _write(
+    weights: list[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    step: Step,
+    rows: slice,
+    *,
+    keep: float,
+    mode: Mode,
+    noise: Sequence[Noise],
+) -> None:
+    """`add_step` of these rows, in a copy of the weights or in their masters."""
+    shape, dtype = weights[0].shape, weights[0].dtype
+    in_place = dtype in (torch.float32, torch.float64)
+    parts = [w[:, rows] for w in weights]
+    if in_place:
+        target = torch.cat(parts)
+    elif mode == "master":
+        masters = [s["master"].view(shape)[:, rows] for s in states]
+        target = masters[0] if len(masters) == 1 else torch.cat(masters)
+    elif mode == "kahan":
+        lost = [s["compensation"].view(shape)[:, rows] for s in states]
+        target = torch.cat(lost).float()
+        if keep != 1.0:
+            target.add_(torch.cat(parts), alpha=keep - 1.0)
+    else:
+        target = parts[0].float() if len(parts) == 1 else torch.cat(parts).float()
+    if keep != 1.0 and (in_place or mode != "kahan"):
+        target.mul_(keep)
+    step(target, rows)
+    pieces = torch.split(target, shape[0])
+    if in_place:
+        torch._foreach_copy_(parts, list(pieces))
+    elif mode == "master":
+        if len(parts) > 1:
+            torch._foreach_copy_(masters, list(pieces))
+        torch._foreach_copy_(parts, list(pieces))
+    elif mode == "kahan":
+        for which, (part, loss, wanted) in enumerate(zip(parts, lost, pieces, strict=True)):
+            moved = part.float().add_(wanted).to(dtype)
+            rest = wanted.sub_(moved.float().sub_(part.float()))
+            if dtype == torch.bfloat16:
+                # To nearest, the same small update would be cut in the same way at every step.
+                _dither(rest, noise[which], shape, rows)
+            loss.copy_(rest)
+            part.copy_(moved)
+    else:
+        if mode == "sr" and dtype == torch.bfloat16:
+            for which, piece in enumerate(pieces):
+                _dither(piece, noise[which], shape, rows)
+        torch._foreach_copy_(parts, list(pieces))
 
 
-def _dither(values: Tensor, noise: list[Tensor]) -> None:
-    for part, random in zip(values, noise, strict=True):
-        dither_(part, random)
+def _dither(values: Tensor, noise: Noise, shape: torch.Size, rows: slice) -> None:
+    """Round these rows of a weight of `shape` at random."""
+    for e, part in enumerate(values):
+        first, count = (e * shape[1] + rows.start) * shape[2], part.numel()
+        dither_(part, noise_window(noise, first, count, values.device))

@@ -5,7 +5,7 @@ from .adalomo import AdaLOMO
 from .apollo import APOLLO, APOLLOMini
 from .badam import BAdam
 from .build import build_optimizer, set_rate, takes_matrices
-from .clip import clip_by_global_norm
+from .clip import clip_by_global_norm, clip_for_step
 from .cosmos import COSMOS
 from .cost import Cost
 from .elementwise import AdamW, Lion
@@ -40,6 +40,7 @@ __all__ = [
     "Slot",
     "build_optimizer",
     "clip_by_global_norm",
+    "clip_for_step",
     "gradient_elements",
     "parameter_groups",
     "rate_over_adamw",

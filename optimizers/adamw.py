@@ -146,7 +146,7 @@ def _quantised(
         step=step,
         key=key,
         starts=starts,
-        grad_scale=grad_scale,
+        grad_scale=None if grad_scale is None else grad_scale.to(weights[0].device),
     )
     for weight, made in zip(weights, whole, strict=True):
         if made is not weight:

@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.low_rank import add_scaled, apollo_factors
+from ..ops.low_rank_torch import add_rows, apollo_norms
 from .cost import Cost, state_traffic, weight_traffic
-from .matrix import Group, MatrixOptimizer, check_rank, gather, matrix_bytes, resolve_rank, scatter
+from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
 from .moments import State, computing_dtype, new_moment
-from .products import fast_dtype, multiply
+from .products import fast_dtype
 from .sketch import SketchPool
-from .subspace import tall
+from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
 from .weights import Step
-
-_CPU_ELEMENTS = 1 << 20
-# Up to this rank a sketch only reads the gradient; a copy of it in bfloat16 would cost more than it saves.
-_THIN = 8
 
 
 def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype = torch.float32) -> int:
@@ -48,31 +46,10 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
     return Cost(weight_traffic(n, dtype, grad_reads=2) + state_traffic(2 * sketched, config), 2.0 * n * rank)
 
 
-def sketch(grad: Tensor, projection: Tensor) -> Tensor:
-    """The smaller side of grad [B, m, n] projected by [B or 1, k, r]: [B, l, r], l the larger side."""
-    return multiply(tall(grad.to(projection.dtype)), projection.expand(len(grad), -1, -1))
+apollo_update = apollo_norms
 
 
-def apollo_update(
-    sketched: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float
-) -> tuple[Tensor, Tensor]:
-    """(norms of N, norms of R) of each channel, [B, l, 1]; both moments [B, l, r] are changed in place."""
-    exp_avg.lerp_(sketched, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(sketched, sketched, value=1 - betas[1])
-    scaled = exp_avg_sq.sqrt().add_(eps)
-    torch.div(exp_avg, scaled, out=scaled)
-    return _norm(scaled, (-1,)), _norm(sketched, (-1,))
-
-
-def limit_growth(norm: Tensor, previous: Tensor, limit: float, first: bool) -> tuple[Tensor, Tensor]:
-    """(factor of the update, norm to remember), each [B, 1, 1]: growth is kept to `limit` times a step."""
-    if first:
-        return torch.ones_like(norm), norm
-    factor = limit / torch.clamp(norm / (previous + 1e-8), min=limit)
-    return factor, norm * factor
-
-
-class APOLLO(MatrixOptimizer):
+class APOLLO(TwoPassOptimizer):
     """APOLLO as a `torch.optim.Optimizer`; see the module for the rule and `MatrixOptimizer` for groups.
 
     `rank`, `scale`, `update_proj_gap`, `betas`, `eps` and `weight_decay` may stand in a group. rank None is a
@@ -153,55 +130,69 @@ class APOLLO(MatrixOptimizer):
             seed=group["seed"],
             refresh=(step - 1) // group["update_proj_gap"],
             device=like.device,
-            dtype=self.sketch_dtype or (fast_dtype(like) if rank > _THIN else like.dtype),
+            # One column only reads the gradient: a copy of it in bfloat16 would cost more than it saves.
+            dtype=self.sketch_dtype or (fast_dtype(like) if rank > 1 else like.dtype),
         )
 
     def update(self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]) -> Step:
         """See the module."""
-        m, n = grad.shape[-2:]
-        rank = resolve_rank(group["rank"], tuple(grad.shape))
-        compute = states[0]["norm"].dtype
-        projections = [self.projection(i, tuple(grad.shape), group, step, grad) for i in indices]
-        projection = torch.stack(projections)
-        exp_avg, exp_avg_sq = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
-        sketched = sketch(grad, projection).to(compute)
-        pairs = [
-            apollo_update(
-                sketched[:, part],
-                exp_avg[:, part],
-                exp_avg_sq[:, part],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-            for part in _slices(max(m, n), grad.shape[0] * rank, grad.device)
-        ]
-        scatter(states, "exp_avg", exp_avg, step)
-        scatter(states, "exp_avg_sq", exp_avg_sq, step)
-        scaled, raw = (torch.cat(norms, dim=1) for norms in zip(*pairs, strict=True))
-        if not self.per_channel:
-            scaled, raw = _norm(scaled, (-2,)), _norm(raw, (-2,))
-        factors = scaled / (raw + 1e-8)
-        if m < n:
-            factors = factors.mT
-
-        root = sqrt(group["scale"] if group["scale"] is not None else min(m, n) / rank)
-        limit = group["norm_growth_limit"]
-        if limit is not None:
-            before = root if group["scale_front"] else 1.0
-            norm = scaled_norm(grad, factors).mul_(before)
-            factor, kept = limit_growth(norm, gather(states, "norm"), limit, step == 1)
-            scatter(states, "norm", kept, step)
-            factors = factors * factor
-        rate, (beta1, beta2) = float(group["lr"]), group["betas"]
-        corrected = rate * sqrt(1 - beta2**step) / (1 - beta1**step)
-        # The published order decays after the update; `add_step` decays before it.
-        corrected *= 1 - rate * group["weight_decay"]
-        factors = factors.mul(-corrected * root)
+        factors = self.factors(grad, states, group, step, indices)
 
         def add(target: Tensor, rows: slice) -> None:
-            target.addcmul_(grad[:, rows], factors[:, rows] if factors.shape[1] > 1 else factors)
+            add_rows(target, grad[:, rows], factors[:, rows] if factors.shape[1] > 1 else factors)
 
         return add
+
+    def update_weights(
+        self,
+        weights: list[Tensor],
+        grad: Tensor,
+        states: list[State],
+        group: Group,
+        step: int,
+        indices: list[int],
+    ) -> tuple[Step | None, float]:
+        """`update`, or all of the step where the kernels write the weights."""
+        if not written_by_kernels(weights, grad, group):
+            return super().update_weights(weights, grad, states, group, step, indices)
+        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        factors = self.factors(grad, states, group, step, indices)
+        parts = (tensor.chunk(len(weights)) for tensor in (grad, factors))
+        for weight, g, s, index in zip(weights, *parts, indices, strict=True):
+            add_scaled(weight, g, s, keep=keep, noise=noise_for(weight, group, step, index))
+        return None, keep
+
+    def factors(
+        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
+    ) -> Tensor:
+        """What the gradients [B, m, n] are multiplied by, rate and sign included; the states move on."""
+        shape = tuple(grad.shape)
+        rank = resolve_rank(group["rank"], shape)
+        projections = [self.projection(i, shape, group, step, grad) for i in indices]
+        projection = torch.stack(projections) if len(projections) > 1 else projections[0].unsqueeze(0)
+        moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
+        norm = gather(states, "norm")
+        rate, (beta1, beta2) = float(group["lr"]), group["betas"]
+        root = sqrt(group["scale"] if group["scale"] is not None else min(shape[-2:]) / rank)
+        corrected = rate * sqrt(1 - beta2**step) / (1 - beta1**step)
+        # The published order decays after the update; weights are written with decay before it.
+        corrected *= 1 - rate * group["weight_decay"]
+        found = apollo_factors(
+            grad,
+            projection,
+            *moments,
+            norm,
+            betas=group["betas"],
+            eps=group["eps"],
+            per_channel=self.per_channel,
+            limit=group["norm_growth_limit"],
+            before=root if group["scale_front"] else 1.0,
+            first=step == 1,
+            rate=-corrected * root,
+        )
+        for key, value in zip(("exp_avg", "exp_avg_sq", "norm"), (*moments, norm), strict=True):
+            scatter(states, key, value, step)
+        return found
 
 
 class APOLLOMini(APOLLO):
@@ -214,27 +205,3 @@ class APOLLOMini(APOLLO):
         self, params: Iterable[Any], lr: float = 1e-3, rank: int = 1, scale: float | None = 128.0, **rest: Any
     ):
         super().__init__(params, lr=lr, rank=rank, scale=scale, **rest)
-
-
-def scaled_norm(grad: Tensor, factors: Tensor) -> Tensor:
-    """Norm of grad · factors for each matrix, [B, 1, 1], without holding the product."""
-    if factors.shape[-1] == 1:
-        return _norm(_norm(grad, (-1,), factors.dtype) * factors, (-2, -1))
-    if grad.device.type != "cpu":
-        columns = _norm(grad, (-2,), factors.dtype)
-        return _norm(columns * factors, (-2, -1))
-    # Norms over columns walk against the grain of memory on a CPU: a few rows at a time stay in cache.
-    rows = _slices(grad.shape[1], grad.shape[0] * grad.shape[2], grad.device)
-    parts = [_norm(grad[:, part] * factors, (-2, -1)) for part in rows]
-    return _norm(torch.cat(parts, dim=1), (-2, -1))
-
-
-def _slices(length: int, width: int, device: torch.device) -> list[slice]:
-    """Parts of `length` rows of `width` elements: what a CPU's cache holds, all at once elsewhere."""
-    size = max(1, _CPU_ELEMENTS // width) if device.type == "cpu" else length
-    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
-
-
-def _norm(value: Tensor, over: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    result: Tensor = torch.linalg.vector_norm(value, dim=over, keepdim=True, dtype=dtype)
-    return result

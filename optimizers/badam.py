@@ -210,14 +210,11 @@ class BAdam(MatrixOptimizer):
         beyond = exact.reshape(1, -1, 1)
 
         def put(target: Tensor, rows: slice) -> None:
-            if "master" in state:
-                target.copy_(beyond[:, rows])
-            else:
-                target.add_(beyond[:, rows])
+            target.add_(beyond[:, rows])
 
-        whole = p.detach().contiguous()
-        noise = self._noise_of([p], group)(0)
-        add_step([whole.view(1, -1, 1)], [{}], put, keep=1.0, mode="sr", noise=noise)
+        whole, keep = p.detach().contiguous(), 0.0 if "master" in state else 1.0
+        noise = [self._noise_of(p, group)]
+        add_step([whole.view(1, -1, 1)], [{}], put, keep=keep, mode="sr", noise=noise)
         if not p.is_contiguous():
             p.copy_(whole)
 

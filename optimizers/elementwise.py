@@ -19,6 +19,7 @@ class AdamW(MatrixOptimizer):
     """
 
     allowed_bits = (32, 16, 8, 4)
+    scales_gradients = True
 
     def __init__(
         self,
@@ -50,6 +51,7 @@ class Lion(MatrixOptimizer):
     """Lion (arXiv:2302.06675) with `state_bits` and `weights`; arguments as AdamW's, without eps."""
 
     allowed_bits = (32, 16, 8, 4)
+    scales_gradients = True
 
     def __init__(
         self,

@@ -18,30 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.low_rank import add_columns
+from .active import active_shape, columns_of
+from .active import seed_of as _seed
 from .adamw import adamw_update
 from .cost import Cost, state_traffic, weight_traffic
 from .galore import basis_bytes, new_basis
-from .matrix import Group, MatrixOptimizer, gather, matrix_bytes, scatter
+from .matrix import Group, gather, matrix_bytes, scatter
 from .moments import State, computing_dtype, new_moment
 from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, tall
+from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
 from .weights import Step
 
 _PROJECTIONS = ("columns", "randk", "random", "svd", "blocks")
 _SUBSPACES = ("random", "svd")
 _RULES = ("sign_sgd", "sgd", "none")
-
-
-def active_shape(shape: tuple[int, ...], density: float, projection: str) -> tuple[int, ...]:
-    """Shape [E, ...] of the part of a matrix [E, m, n] that has state (`blocks`: when it is active)."""
-    stack, m, n = shape
-    if projection == "columns":
-        return stack, m, int(density * n)
-    if projection == "randk":
-        return stack, int(density * m * n)
-    if projection == "blocks":
-        return (stack, m, n) if density > 0 else (stack, 0, n)
-    return stack, max(m, n), round(density * min(m, n))
 
 
 def state_bytes(
@@ -67,23 +59,12 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
     return Cost(moved, 6.0 * n * rank)
 
 
-def columns_of(n: int, count: int, seed: int) -> list[slice]:
-    """`count` neighbouring columns of n from a random one on, round the end where need be: one or two slices.
-
-    Neighbours, since columns picked one by one would each cost a cache line for four bytes.
-    """
-    first = int(torch.randint(n, (), generator=torch.Generator().manual_seed(seed)))
-    if first + count <= n:
-        return [slice(first, first + count)]
-    return [slice(0, first + count - n), slice(first, n)]
-
-
 def state_free(rest: Tensor, rule: str) -> Tensor:
     """Direction of the part without state."""
     return rest.sign() if rule == "sign_sgd" else rest if rule == "sgd" else torch.zeros_like(rest)
 
 
-class FRUGAL(MatrixOptimizer):
+class FRUGAL(TwoPassOptimizer):
     """FRUGAL as a `torch.optim.Optimizer`; see the module, and `MatrixOptimizer` for groups.
 
     `density`, `projection`, `state_free`, `state_free_scale`, `update_proj_gap`, `betas`, `eps` and
@@ -156,16 +137,8 @@ class FRUGAL(MatrixOptimizer):
 
     def update(self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]) -> Step:
         """See the module."""
-        since, period = (step - 1) % group["update_proj_gap"], (step - 1) // group["update_proj_gap"]
+        pairs, period, count = self._begin(grad, states, group, step, indices)
         each = len(grad) // len(states)
-        pairs = [
-            (grad[i * each : (i + 1) * each], state, index)
-            for i, (state, index) in enumerate(zip(states, indices, strict=True))
-        ]
-        count = since + 1 if group["reset_statistics"] else step
-        if since == 0:
-            for part, state, index in pairs:
-                self._refresh(part, state, group, period, index, step)
         rate = float(group["lr"])
         free, held = -rate * group["state_free_scale"], -rate
 
@@ -186,16 +159,48 @@ class FRUGAL(MatrixOptimizer):
 
         return add
 
-    def _one(
+    def update_weights(
         self,
+        weights: list[Tensor],
         grad: Tensor,
-        state: State,
+        states: list[State],
         group: Group,
-        period: int,
-        index: int,
-        adam: Callable[[Tensor, State], Tensor],
-        free: float,
-    ) -> Step:
+        step: int,
+        indices: list[int],
+    ) -> tuple[Step | None, float]:
+        """`update`, or all of the step where the kernels write the weights."""
+        if group["projection"] != "columns" or not written_by_kernels(weights, grad, group):
+            return super().update_weights(weights, grad, states, group, step, indices)
+        rate = float(group["lr"])
+        pairs, period, count = self._begin(grad, states, group, step, indices)
+        for weight, (part, state, index) in zip(weights, pairs, strict=True):
+            moments = gather([state], "exp_avg"), gather([state], "exp_avg_sq")
+            spans = columns_of(part.shape[2], moments[0].shape[2], _seed(group["seed"], period, index))
+            add_columns(
+                weight, part, *moments, spans[-1].start, keep=1 - rate * group["weight_decay"], rate=rate,
+                free=rate * group["state_free_scale"], rule=group["state_free"], betas=group["betas"],
+                eps=group["eps"], step=count, noise=noise_for(weight, group, step, index),
+            )  # fmt: skip
+            scatter([state], "exp_avg", moments[0], step)
+            scatter([state], "exp_avg_sq", moments[1], step)
+        return None, 1.0
+
+    def _begin(
+        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
+    ) -> tuple[list[tuple[Tensor, State, int]], int, int]:
+        """(gradient, state, index) of each tensor, the period, steps since the moments were zero."""
+        since, period = (step - 1) % group["update_proj_gap"], (step - 1) // group["update_proj_gap"]
+        pairs = list(zip(grad.chunk(len(states)), states, indices, strict=True))
+        if since == 0:
+            for part, state, index in pairs:
+                self._refresh(part, state, group, period, index, step)
+        count = since + 1 if group["reset_statistics"] else step
+        return pairs, period, count
+
+    def _one(
+        self, grad: Tensor, state: State, group: Group, period: int, index: int,
+        adam: Callable[[Tensor, State], Tensor], free: float,
+    ) -> Step:  # fmt: skip
         """The step of one matrix [E, m, n]."""
         rule, projection = group["state_free"], group["projection"]
         exact = computing_dtype(grad.dtype)
@@ -290,7 +295,3 @@ class FRUGAL(MatrixOptimizer):
 
 def _add(target: Tensor, direction: Tensor, factor: float) -> None:
     target.add_(direction, alpha=factor)
-
-
-def _seed(seed: int, period: int, index: int) -> int:
-    return ((seed * 1_000_003 + period) * 65_537 + index * 257) & 0x7FFF_FFFF_FFFF

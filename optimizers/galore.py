@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.low_rank import add_product, project, subspace_step
+from ..ops.low_rank_torch import moved_step
 from .cost import Cost, state_traffic, weight_traffic
-from .matrix import Group, MatrixOptimizer, check_rank, gather, matrix_bytes, resolve_rank, scatter
+from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
 from .moments import State, computing_dtype, new_moment
 from .products import fast_dtype, multiply
-from .subspace import leading_basis, random_basis, tall, turn
+from .subspace import leading_basis, random_basis, turn
+from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
 from .weights import Step
 
 
@@ -52,17 +55,10 @@ def basis_bytes(elements: int, bits: int, dtype: torch.dtype) -> int:
     return elements * (computing_dtype(dtype).itemsize if bits == 32 else 2)
 
 
-def galore_update(
-    projected: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float
-) -> Tensor:
-    """N [B, l, r] of the projected gradient; both moments are changed in place."""
-    exp_avg.lerp_(projected, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(projected, projected, value=1 - betas[1])
-    denominator = exp_avg_sq.sqrt().add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator)
+galore_update = moved_step
 
 
-class GaLore(MatrixOptimizer):
+class GaLore(TwoPassOptimizer):
     """GaLore as a `torch.optim.Optimizer`; see the module for the rule and `MatrixOptimizer` for groups.
 
     `rank`, `scale`, `update_proj_gap`, `betas`, `eps` and `weight_decay` may stand in a group. rank None is a
@@ -133,24 +129,50 @@ class GaLore(MatrixOptimizer):
 
     def update(self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]) -> Step:
         """See the module."""
-        upright = tall(grad)
+        coordinates, basis = self.coordinates(grad, states, group, step, indices)
+        return back_projection(coordinates, basis, wide=grad.shape[-2] < grad.shape[-1])
+
+    def update_weights(
+        self,
+        weights: list[Tensor],
+        grad: Tensor,
+        states: list[State],
+        group: Group,
+        step: int,
+        indices: list[int],
+    ) -> tuple[Step | None, float]:
+        """`update`, or all of the step where the kernels write the weights."""
+        if not written_by_kernels(weights, grad, group):
+            return super().update_weights(weights, grad, states, group, step, indices)
+        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        sides = self.coordinates(grad, states, group, step, indices)
+        left, right = sides[::-1] if grad.shape[-2] < grad.shape[-1] else sides
+        parts = (side.chunk(len(weights)) for side in (left, right))
+        for weight, a, b, index in zip(weights, *parts, indices, strict=True):
+            add_product(weight, a, b, keep=keep, noise=noise_for(weight, group, step, index))
+        return None, keep
+
+    def coordinates(
+        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The step in the subspace [B, l, r], rate and sign included, and the basis; the states move on."""
         product = self.product_dtype or fast_dtype(grad)
         each = len(grad) // len(states)
         for i, (state, index) in enumerate(zip(states, indices, strict=True)):
             self._refresh(grad[i * each : (i + 1) * each], state, group, step, index)
         basis = torch.cat([s["basis"] for s in states]).to(product)
-        projected = multiply(upright.to(product), basis).to(computing_dtype(grad.dtype))
-        projected = self.precondition(projected, states, group, step)
-        exp_avg, exp_avg_sq = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
-        normal = galore_update(projected, exp_avg, exp_avg_sq, betas=group["betas"], eps=group["eps"])
-        scatter(states, "exp_avg", exp_avg, step)
-        scatter(states, "exp_avg_sq", exp_avg_sq, step)
-
+        projected = self.precondition(project(grad, basis), states, group, step)
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         factor = -rate * group["scale"] * sqrt(1 - beta2**step) / (1 - beta1**step)
-        # The published order decays after the update; `add_step` decays before it.
+        # The published order decays after the update; weights are written with decay before it.
         factor *= 1 - rate * group["weight_decay"]
-        return back_projection(normal.mul_(factor).to(product), basis, wide=grad.shape[-2] < grad.shape[-1])
+        moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
+        step_in_it = subspace_step(
+            projected, *moments, betas=group["betas"], eps=group["eps"], factor=factor, dtype=product
+        )
+        scatter(states, "exp_avg", moments[0], step)
+        scatter(states, "exp_avg_sq", moments[1], step)
+        return step_in_it, basis
 
     def precondition(self, projected: Tensor, states: list[State], group: Group, step: int) -> Tensor:
         """What Adam sees of the projected gradient [B, l, r]: here all of it as it is."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.rounding import RoundingNoise, noise_start
+from ..ops.rounding import Noise, noise_key, noise_start
 from . import adamw
 from .moments import State, computing_dtype, moment_bytes, read, write
 from .roles import role_of
@@ -29,8 +29,6 @@ _CPU_BATCH = 1
 _CUDA_BATCH = 1 << 26
 
 Group = dict[str, Any]
-Noise = Callable[[int, int, int], Tensor]
-"""noise(which, first, count): random bits of elements of a tensor."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -53,6 +51,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Whether a step is no more than the steps of its tensors, in any order, each with its own state."""
     allowed_bits: tuple[int, ...] = (32, 16, 8)
     """What `state_bits` may be."""
+    scales_gradients = False
+    """Whether a step multiplies gradients by `grad_scale`, so that clipping need not do it before."""
+    grad_scale: Tensor | None = None
+    """Of the next step: a float32 scalar on the gradients' device."""
 
     def __init__(
         self,
@@ -88,7 +90,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             **options,
         }
         groups, moved = split_groups(params, self.matrix_keys, every_tensor=self.every_tensor)
-        self._noise = RoundingNoise()
         self._places: dict[Tensor, tuple[int, Group]] = {}
         super().__init__(groups, defaults)
         if moved:
@@ -159,6 +160,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._advance(group, [p for p in group["params"] if p.grad is not None])
+        self.grad_scale = None
         return loss
 
     @torch.no_grad()
@@ -185,7 +187,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         index, group = self._place(parameter)
         assert group["kind"] == "adamw"
-        adamw.step_tensors([weight], [grad], [state], group, [noise_start(index, first)])
+        starts, scale = [noise_start(index, first)], self.grad_scale
+        adamw.step_tensors([weight], [grad], [state], group, starts, grad_scale=scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """All of it, for copies: torch's own forgets what a subclass has added."""
@@ -218,7 +221,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             grads = [p.grad for p in params if p.grad is not None]
             starts = [noise_start(self._place(p)[0]) for p in params]
             states = [self.state[p] for p in params]
-            adamw.step_tensors(params, grads, states, group, starts, noise_step=self._noise_step(group))
+            adamw.step_tensors(
+                params, grads, states, group, starts,
+                noise_step=self._noise_step(group), grad_scale=self.grad_scale,
+            )  # fmt: skip
             return
         for batch in _batches(params, [int(self.state[p]["step"]) for p in params]):
             self._advance_batch(group, batch)
@@ -234,15 +240,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         step, keep = self.update_weights(weights, grad, states, group, int(states[0]["step"]), indices)
         if step is None:
             return
-        of = self._noise_of(params, group)
-        add_step(
-            weights,
-            states,
-            step,
-            keep=keep,
-            mode=group["weights"],
-            noise=lambda which, first, count: of(which)(0, first, count),
-        )
+        noise = [self._noise_of(p, group) for p in params]
+        add_step(weights, states, step, keep=keep, mode=group["weights"], noise=noise)
 
     def _place(self, p: Tensor) -> tuple[int, Group]:
         if not self._places:
@@ -257,16 +256,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """What draws the random bits of rounding in place of each tensor's own step."""
         return None
 
-    def _noise_of(self, params: list[Tensor], group: Group) -> Callable[[int], Noise]:
-        def of(which: int) -> Noise:
-            p = params[which]
-            own = self._noise_step(group)
-            step, index = int(self.state[p]["step"]) if own is None else own, self._place(p)[0]
-            return lambda _, first, count: self._noise.window(
-                group["seed"], step, index, first, count, p.device
-            )
-
-        return of
+    def _noise_of(self, p: Tensor, group: Group) -> Noise:
+        own = self._noise_step(group)
+        step = int(self.state[p]["step"]) if own is None else own
+        return noise_key(group["seed"], step), noise_start(self._place(p)[0])
 
 
 def gather(states: list[State], key: str) -> Tensor:

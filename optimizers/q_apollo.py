@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Int8Weight
+from ..ops.rounding import noise_window
 from .apollo import APOLLO
 from .matrix import Group
 from .moments import State
@@ -38,7 +39,7 @@ class QAPOLLO(APOLLO):
         value = p.dequantise(torch.float32)
         value.mul_(1 - float(group["lr"]) * group["weight_decay"])
         change(value.unsqueeze(0), slice(0, len(value)))
-        noise = self._noise.window(group["seed"], step, index, 0, value.numel(), value.device)
+        noise = noise_window(self._noise_of(p, group), 0, value.numel(), value.device)
         p.requantise_(value, noise.view(value.shape) * _UNIT)
 
 

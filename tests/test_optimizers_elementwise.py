@@ -12,7 +12,7 @@ import torch
 from shoestring.offload import offload_optimizer
 from shoestring.ops import native, providers
 from shoestring.ops.codec import LAWS
-from shoestring.optimizers import AdamW, Lion, Slot, state_bytes
+from shoestring.optimizers import AdamW, Lion, Slot, clip_by_global_norm, clip_for_step, state_bytes
 from shoestring.recipes import AdamW as AdamWConfig
 from shoestring.recipes import Lion as LionConfig
 from torch import Tensor, nn
@@ -214,3 +214,25 @@ def test_the_library_is_kept_where_only_this_user_writes(
     assert folder.stat().st_mode & 0o077 == 0
     folder.chmod(0o777)
     assert native._folder() != folder
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_that_clips_is_a_step_on_clipped_gradients(rule: str, bits: int) -> None:
+    weights, grads = problem(torch.float32, 1)
+    whole = torch.cat([g.flatten() for g in grads[0]]).norm()
+    for limit in (0.5 * float(whole), 2 * float(whole)):
+        found = []
+        for clip in (clip_for_step, lambda _, parameters, norm: clip_by_global_norm(parameters, norm)):
+            parameters = [nn.Parameter(w.clone()) for w in weights]
+            more = {"eps": 1e-3} if rule == "adamw" else {}
+            optimizer = RULES[rule][0](parameters, lr=1e-2, state_bits=bits, **more)
+            for p, g in zip(parameters, grads[0], strict=True):
+                p.grad = g.clone()
+            assert float(clip(optimizer, parameters, limit)) == pytest.approx(float(whole), rel=1e-6)
+            optimizer.step()
+            assert optimizer.grad_scale is None
+            found.append((parameters, [s["exp_avg"].float() for s in optimizer.state.values()]))
+        for (ps, ms), (qs, ns) in [found]:
+            for a, b in zip([*ps, *ms], [*qs, *ns], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -21,7 +21,7 @@ constexpr int64_t PERIOD = 1 << 18;  // of the random bits
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Kind : int32_t { WIDE = 0, NARROW = 1, COMPANDED = 2, LINEAR = 3, DYNAMIC = 4, FOUR = 5 };
 enum Mode : int32_t { IN_PLACE = 0, SR = 1, KAHAN = 2, MASTER = 3, PLAIN = 4 };
-enum Rule : int32_t { ADAMW = 0, LION = 1, DIRECTION = 2 };
+enum Rule : int32_t { ADAMW = 0, LION = 1, DIRECTION = 2, WRITE = 3 };
 
 inline float as_float(uint32_t bits) {
   float value;
@@ -288,6 +288,11 @@ void advance(const Job& job, const Settings& s, int64_t first, int n) {
 }
 
 void one(const Job& job, const Settings& s, int64_t first, int n) {
+  if (s.rule == WRITE) {  // the gradient is the update itself
+    float update[BLOCK];
+    load(update, job.grad, s.grad_type, first, n);
+    return write(job, s, update, first, n);
+  }
   switch (s.kind) {
     case WIDE: return advance<WIDE>(job, s, first, n);
     case NARROW: return advance<NARROW>(job, s, first, n);

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codec import Law, dynamic_table, threshold_at
+from ..rounding import Noise
 from ..writing import Mode
 from . import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _KINDS: dict[Law | None, int] = {"companded": 2, "linear": 3, "dynamic": 4, "four": 5}
 _MODES = {"sr": 1, "kahan": 2, "master": 3, "plain": 4}
-_RULES = {"adamw": 0, "lion": 1, "direction": 2}
+_RULES = {"adamw": 0, "lion": 1, "direction": 2, "write": 3}
+# Fewer elements for each thread than this are done before a thread has started.
+_SHARE = 1 << 17
 
 
 class _Job(ctypes.Structure):
@@ -114,6 +118,49 @@ def direction(
     )
 
 
+def write(
+    weights: list[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    update: Tensor,
+    rows: slice,
+    *,
+    keep: float,
+    mode: Mode,
+    noise: Sequence[Noise],
+) -> None:
+    """Rows of `weights` [E, m, n], contiguous bfloat16, ← keep · weights + `update` [B, rows, n], float32."""
+    _, m, n = weights[0].shape
+    beside = {"master": "master", "kahan": "compensation"}.get(mode)
+    parts: list[list[Tensor]] = [[], [], []]  # weights, updates, masters or compensations
+    starts = []
+    pieces = iter(update)
+    for weight, state, (_, start) in zip(weights, states, noise, strict=True):
+        kept = None if beside is None else state[beside].view(weight.shape)
+        for e in range(len(weight)):
+            parts[0].append(weight[e, rows])
+            parts[1].append(next(pieces))
+            parts[2] += [] if kept is None else [kept[e, rows]]
+            starts.append(start + (e * m + rows.start) * n)
+    keys = {key for key, _ in noise}
+    assert len(keys) == 1, "tensors that step together have one step"
+    _run(
+        [parts[0], parts[1], [], [], [], [], parts[2]],
+        starts,
+        rule=_RULES["write"],
+        kind=0,
+        mode=_MODES[mode],
+        keep=keep,
+        beta1=0.0,
+        beta2=0.0,
+        eps=0.0,
+        rate=0.0,
+        root_correction=1.0,
+        threshold=0.0,
+        grad_scale=1.0,
+        key=keys.pop() & 0xFFFF_FFFF,
+    )
+
+
 def _run(lists: list[list[Tensor]], starts: list[int], **settings: Any) -> None:
     weights, grads = lists[0], lists[1] = lists[0], [g.contiguous() for g in lists[1]]
     jobs = (_Job * len(weights))()
@@ -124,7 +171,7 @@ def _run(lists: list[list[Tensor]], starts: list[int], **settings: Any) -> None:
     given = _Settings(
         weight_type=_TYPES[weights[0].dtype],
         grad_type=_TYPES[grads[0].dtype],
-        threads=torch.get_num_threads(),
+        threads=max(1, min(torch.get_num_threads(), sum(w.numel() for w in weights) // _SHARE)),
         signed_table=signed.data_ptr(),
         unsigned_table=unsigned.data_ptr(),
         **settings,

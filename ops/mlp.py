@@ -16,26 +16,49 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import liger
 from .autocast import computing_dtype
-from .lora import Projection, backward_group, check_frozen, forward_group, projection_of
+from .lora import Projection, backward_group, check_frozen, drawn_for, forward_group, seed_for
 from .lora import reference as linear_reference
+from .lora_layers import projection_of
+from .providers import choose
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; both of one shape and type."""
+    if torch.compiler.is_compiling():  # which makes one kernel of the formula
+        return swiglu_reference(gate, up)
+    if choose("swiglu", gate.device, liger.offers("swiglu", gate, up)) == "liger":
+        return liger.swiglu(gate, up)
     output: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]  # torch has no types here
     return output
 
 
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """The middle alone by its formula."""
+    return nn.functional.silu(gate) * up
+
+
 def gated_mlp(x: Tensor, gate: Projection, up: Projection, down: Projection) -> Tensor:
-    """x [..., H] -> [..., H]; gradients reach x and the adapters. Raises ValueError for a trained base."""
+    """x [..., H] -> [..., H]; gradients reach x and the adapters. Raises ValueError for a trained base.
+
+    With dropout, gate and up see the same dropped x. Under torch.compile the block is its three layers and a
+    product that the compiler computes again by itself.
+    """
     check_frozen(gate, up, down)
+    if torch.compiler.is_compiling():
+        from .lora_registered import lora_linear
+
+        seed, seed_down = drawn_for(gate, up), drawn_for(down)
+        z = nn.functional.silu(lora_linear(x, gate, seed)) * lora_linear(x, up, seed)
+        return lora_linear(z, down, seed_down)
     output: Tensor = _GatedMLP.apply(  # type: ignore[no-untyped-call]  # torch has no types here
         x,
         *gate.tensors,
         *up.tensors,
         *down.tensors,
-        (gate.scaling, up.scaling, down.scaling),
+        (gate.settings, up.settings, down.settings),
+        (seed_for(gate, up), seed_for(down)),
     )
     return output
 
@@ -47,11 +70,16 @@ def reference(x: Tensor, gate: Projection, up: Projection, down: Projection) -> 
 
 def forward(module: Any, x: Tensor) -> Tensor:
     """Forward of a module with gate_proj, up_proj, down_proj and a SiLU: the one dispatch point."""
-    gate, up, down = (projection_of(getattr(module, f"{name}_proj")) for name in ("gate", "up", "down"))
-    if gate is not None and up is not None and down is not None:
+    gate, up, down = (projection_of(getattr(module, f"{name}_proj"), x) for name in ("gate", "up", "down"))
+    if gate is not None and up is not None and down is not None and _alike(gate, up):
         return gated_mlp(x, gate, up, down)
     output: Tensor = module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
     return output
+
+
+def _alike(gate: Projection, up: Projection) -> bool:
+    """Whether the two can read one dropped x."""
+    return gate.a is None or up.a is None or gate.dropout == up.dropout
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -70,42 +98,42 @@ class _SwiGLU(torch.autograd.Function):
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        tensors, scalings = rest[:12], rest[12]
+        tensors, settings, seeds = rest[:12], rest[12], rest[13]
         dtype = computing_dtype(x)
-        gate, up, down = _projections(tensors, scalings)
+        gate, up, down = _projections(tensors, settings)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(dtype)
-            (g, u), h = forward_group(flat, [gate, up])
+            (g, u), h = forward_group(flat, [gate, up], seeds[0])
             z = nn.functional.silu(g).mul_(u)
-            (y,), h_down = forward_group(z, [down])
+            (y,), h_down = forward_group(z, [down], seeds[1])
         ctx.save_for_backward(flat, g, u, h, h_down, *tensors)
-        ctx.scalings, ctx.shape, ctx.x_dtype = scalings, x.shape, x.dtype
+        ctx.settings, ctx.seeds, ctx.shape, ctx.x_dtype = settings, seeds, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         flat, g, u, h, h_down, *tensors = ctx.saved_tensors
-        gate, up, down = _projections(tensors, ctx.scalings)
+        gate, up, down = _projections(tensors, ctx.settings)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         silu = nn.functional.silu(g)
         z = silu * u
-        dz, ((da_down, db_down),) = backward_group(z, h_down, [grad], [down], True)
+        dz, ((da_down, db_down),) = backward_group(z, h_down, [grad], [down], True, ctx.seeds[1])
         assert dz is not None
         du = silu.mul_(dz)
         dg = torch.ops.aten.silu_backward(dz.mul_(u), g)
         dx, ((da_gate, db_gate), (da_up, db_up)) = backward_group(
-            flat, h, [dg, du], [gate, up], ctx.needs_input_grad[0]
+            flat, h, [dg, du], [gate, up], ctx.needs_input_grad[0], ctx.seeds[0]
         )
         dx = None if dx is None else dx.view(ctx.shape).to(ctx.x_dtype)
         return (
             *(dx, None, None, da_gate, db_gate, None, None, da_up, db_up, None, None, da_down, db_down),
-            None,
+            *(None, None),
         )
 
 
-def _projections(tensors: Any, scalings: tuple[float, float, float]) -> list[Projection]:
+def _projections(tensors: Any, settings: Any) -> list[Projection]:
     return [
-        Projection(tensors[4 * i], tensors[4 * i + 1], tensors[4 * i + 2], tensors[4 * i + 3], scaling)
-        for i, scaling in enumerate(scalings)
+        Projection(tensors[4 * i], tensors[4 * i + 1], tensors[4 * i + 2], tensors[4 * i + 3], *rest)
+        for i, rest in enumerate(settings)
     ]

@@ -1,13 +1,16 @@
 """Linear layer and cross entropy in one, chunk by chunk: the logits of all positions never exist at once.
 
-    z = h W^T + b,   z <- c tanh(z / c) with a softcap c,   loss = sum_i log(sum_v exp z_iv) - z_i,label
-    dz = softmax(z) - onehot(label)   (times 1 - (z / c)^2),   dh = dz W,   dW = dz^T h,   db = sum_i dz
+    z = h W^T + b + u B^T,   z <- c tanh(z / c) with a softcap c,   L = log(sum_v exp z_v)
+    loss = sum_i  L_i - (1 - e) z_i,label - e mean_v z_iv          with a label smoothing of e
+    dz = softmax(z) - (1 - e) onehot(label) - e / V                (times 1 - (z / c)^2)
+    dh = dz W,   dW = dz^T h,   db = sum_i dz,   du = dz B,   dB = dz^T u
 
-The gradients are computed in forward, where the logits are, and only scaled in backward: no logits are
-computed twice, and what stays in memory is one tensor like `hidden` (and one like the weight, when it is
-trained). Logits and probabilities are stored in the input's type (autocast is obeyed); the softmax is
-float32 inside, and the loss and the weight's gradient are summed in float32. Idea of the gradient in forward:
-Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2.
+u B^T is what an adapter of low rank on the head adds. Positions whose label is `ignore_index` are taken out
+before the head sees them. The gradients are computed in forward, where the logits are, and only scaled in
+backward: no logits are computed twice, and what stays in memory is one tensor like `hidden` (and one like the
+weight, when it is trained). Logits and their gradients are stored in the input's type (autocast is obeyed);
+the softmax is float32 inside, and the loss and the weight's gradient are summed in float32. Idea of the
+gradient in forward: Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2. What does it: `loss_heads.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
-
-# Elements of one chunk of logits: 24 MB in bf16, and as much again for the probabilities.
-FROZEN_CHUNK = 12 * 2**20
-# A trained weight adds a pass over a float32 tensor of its size to every chunk: larger chunks, fewer passes.
-TRAINED_CHUNK = 48 * 2**20
+from .loss_heads import liger_cross_entropy_sum, loss_and_gradients, provider_of
+from .providers import Provider
 
 
 def cross_entropy_sum(
@@ -33,17 +33,45 @@ def cross_entropy_sum(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = -100,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Sum over positions of -log softmax(hidden @ head_weight.T + bias)[label]; float32 scalar.
 
-    hidden [N, H], head_weight [V, H], labels int64 [N], bias [V]. Only positions that have a label belong in
-    `hidden`: there is no ignore index. N = 0 gives 0 with zero gradients. Gradients reach hidden, the weight
-    and the bias, each where it wants one; not twice differentiable.
+    hidden [N, H], head_weight [V, H], labels int64 [N], bias [V], low_rank (u [N, r], B [V, r]), whose
+    product is added to the logits. ignore_index: the label of a position without one; None where all have
+    one, which saves the device a wait. No label at all gives 0 with zero gradients. Gradients reach what
+    wants one; not twice differentiable. Raises ValueError for shapes that do not match.
     """
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not match")
-    with_gradient = torch.is_grad_enabled()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, head_weight, bias, labels, softcap, with_gradient)  # type: ignore[no-untyped-call]  # torch has no types here
+    dtype = computing_dtype(hidden)
+    low, high = low_rank or (None, None)
+    given = [hidden, head_weight, bias, low, high]
+    if torch.compiler.is_compiling():
+        recording = torch.is_grad_enabled()
+        wants = [recording and one is not None and one.requires_grad for one in given]
+        cast = [None if one is None else one.to(dtype) for one in (hidden, head_weight, low, high)]
+        found: Tensor = loss_op(
+            *cast[:2], bias, *cast[2:], labels, softcap, label_smoothing, ignore_index, wants
+        )[0]
+        return found
+    by_name: list[Provider] = ["liger"] if _liger_has(given, dtype) else []
+    provider = provider_of(dtype, hidden.device, by_name)
+    if provider == "liger":
+        with torch.autocast(hidden.device.type, enabled=False):
+            return liger_cross_entropy_sum(
+                hidden.to(dtype),
+                head_weight.to(dtype),
+                bias,
+                labels,
+                softcap=softcap,
+                smoothing=label_smoothing,
+                ignore_index=ignore_index,
+            )
+    settings = softcap, label_smoothing, ignore_index, torch.is_grad_enabled(), dtype, provider
+    loss: Tensor = _LinearCrossEntropy.apply(*given, labels, settings)  # type: ignore[no-untyped-call]  # torch has no types here
     return loss
 
 
@@ -54,13 +82,28 @@ def reference(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The same by its formula, all logits at once."""
     logits = nn.functional.linear(hidden, head_weight, bias)
+    if low_rank is not None:
+        logits = logits + low_rank[0] @ low_rank[1].t()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return nn.functional.cross_entropy(
+        logits, labels, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+
+
+def _liger_has(given: list[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether Liger computes this: no low-rank terms, and it gives no gradient where hidden wants none."""
+    hidden, *others = given
+    assert hidden is not None
+    trained = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in others)
+    return dtype != torch.float64 and given[3] is None and (hidden.requires_grad or not trained)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -70,59 +113,123 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        low: Tensor | None,
+        high: Tensor | None,
         labels: Tensor,
-        softcap: float | None,
-        with_gradient: bool,
+        settings: tuple[Any, ...],
     ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = (
-            with_gradient and wanted for wanted in ctx.needs_input_grad[:3]
+        softcap, smoothing, ignore_index, recording, dtype, provider = settings
+        loss, gradients = loss_and_gradients(
+            hidden.to(dtype),
+            weight.to(dtype),
+            bias,
+            None if low is None else low.to(dtype),
+            None if high is None else high.to(dtype),
+            labels,
+            softcap=softcap,
+            smoothing=smoothing,
+            ignore_index=ignore_index,
+            wants=[recording and wanted for wanted in ctx.needs_input_grad[:5]],
+            provider=provider,
         )
-        dtype = computing_dtype(hidden)
-        inner = torch.float64 if dtype == torch.float64 else torch.float32
-        h, w = hidden.to(dtype), weight.to(dtype)
-        loss = torch.zeros((), dtype=inner, device=h.device)
-        grad_hidden = torch.empty_like(h) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=inner, device=h.device) if wants_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=inner, device=h.device) if wants_bias else None
-        rows = max(1, (TRAINED_CHUNK if wants_weight else FROZEN_CHUNK) // weight.shape[0])
-        # one set of buffers for all chunks: fresh memory of this size costs more than the arithmetic on it
-        shape = (min(rows, len(h)), weight.shape[0])
-        scores, weights = (torch.empty(shape, dtype=dtype, device=h.device) for _ in range(2))
-        with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(h), rows):
-                part = slice(start, start + rows)
-                column = labels[part, None]
-                logits = torch.mm(h[part], w.t(), out=scores[: len(column)])
-                if bias is not None:
-                    logits += bias
-                if softcap is not None:
-                    logits = logits.div_(softcap).tanh_().mul_(softcap)
-                wanted = logits.gather(1, column).to(inner)
-                # the largest logit, and its probability: log-sum-exp without a second pass of exponentials
-                largest = logits.amax(dim=1, keepdim=True).to(inner)
-                probability = torch.softmax(logits, dim=1, out=weights[: len(column)])
-                log_sum = largest - probability.amax(dim=1, keepdim=True).to(inner).log_()
-                loss += (log_sum - wanted).sum()
-                if not (wants_hidden or wants_weight or wants_bias):
-                    continue
-                grad = probability.scatter_add_(1, column, torch.full_like(column, -1.0, dtype=dtype))
-                if softcap is not None:
-                    grad.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0, dtype=inner)
-                if grad_hidden is not None:
-                    torch.mm(grad, w, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += grad.t() @ h[part]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return loss if dtype == torch.float64 else loss.float()
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias, low, high)]
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [
-            None if saved is None else (saved * grad_loss).to(dtype)
+            None if saved is None else _scaled(saved, grad_loss, dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, None, None, None)
+        return (*gradients, None, None)
+
+
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * factor in `dtype`; CUDA rounds in the same kernel, a CPU needs a tensor between in any case."""
+    if saved.device.type == "cuda":
+        return torch.mul(saved, factor, out=torch.empty_like(saved, dtype=dtype))
+    return (saved * factor).to(dtype)
+
+
+@torch.library.custom_op("shoestring::linear_cross_entropy", mutates_args=())
+def loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    smoothing: float,
+    ignore_index: int | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    """The loss, and its gradients by the first five; of one that is not wanted an empty tensor.
+
+    As an operation that torch.compile keeps whole; all but bias are of one type.
+    """
+    loss, gradients = loss_and_gradients(
+        hidden,
+        weight,
+        bias,
+        low,
+        high,
+        labels,
+        softcap=softcap,
+        smoothing=smoothing,
+        ignore_index=ignore_index,
+        wants=wants,
+        provider=provider_of(hidden.dtype, hidden.device),
+    )
+    given = (hidden, weight, bias, low, high)
+    return [
+        loss,
+        *(
+            hidden.new_empty(0) if g is None or one is None else g.to(one.dtype)
+            for g, one in zip(gradients, given, strict=True)
+        ),
+    ]
+
+
+@loss_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    smoothing: float,
+    ignore_index: int | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    given = (hidden, weight, bias, low, high)
+    return [
+        loss,
+        *(
+            torch.empty_like(one, memory_format=torch.contiguous_format)
+            if one is not None and wanted
+            else hidden.new_empty(0)
+            for one, wanted in zip(given, wants, strict=True)
+        ),
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.wants = inputs[-1]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    scaled = [
+        (saved * grads[0]).to(saved.dtype) if wanted and grads[0] is not None else None
+        for saved, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    ]
+    return (*scaled, None, None, None, None, None)
+
+
+loss_op.register_autograd(_scale, setup_context=_keep)

@@ -7,11 +7,13 @@
 What weighs a position (an answer's place in a preference loss) is known only when all positions have been
 seen, so the logits are computed again in backward, one chunk at a time. Between the two passes there is one
 float32 number a position. Logits are stored in the input's type (autocast is obeyed), the softmax is float32
-inside, and the weight's gradient is summed in float32.
+inside, and the weight's gradient is summed in float32. On CUDA a chunk is one kernel's, in place
+(ops/kernels/cross_entropy.py), elsewhere PyTorch's operations'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
+from .loss_heads import add_at_
+from .providers import Provider, choose
 
-# Elements of one chunk of logits: 48 MB in float32.
-CHUNK = 12 * 2**20
+# Logits in one chunk: 48 MB in float32; a GPU's products need more rows to be worth the reading of a weight.
+CHUNK, CUDA_CHUNK = 12 * 2**20, 128 * 2**20
 
 
 def token_log_probs(
@@ -39,7 +43,11 @@ def token_log_probs(
     """
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not match")
-    log_probs: Tensor = _TokenLogProbs.apply(hidden, head_weight, bias, labels, softcap)  # type: ignore[no-untyped-call]  # torch has no types here
+    dtype = computing_dtype(hidden)
+    if torch.compiler.is_compiling():
+        found: Tensor = log_probs_op(hidden.to(dtype), head_weight.to(dtype), bias, labels, softcap)[0]
+        return found
+    log_probs: Tensor = _TokenLogProbs.apply(hidden, head_weight, bias, labels, softcap, dtype)  # type: ignore[no-untyped-call]  # torch has no types here
     return log_probs
 
 
@@ -68,6 +76,81 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, softcap: float | None) ->
     return logits
 
 
+def _provider(hidden: Tensor) -> Provider:
+    half = hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return choose("token_log_probs", hidden.device, ["triton"] if half else [])
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(1, (CHUNK if weight.device.type == "cpu" else CUDA_CHUNK) // weight.shape[0])
+
+
+def _forward(
+    h: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-sums [N]."""
+    inner = torch.promote_types(h.dtype, torch.float32)
+    found, log_sum = (torch.empty(len(h), dtype=inner, device=h.device) for _ in range(2))
+    in_place = _provider(h) == "triton"
+    rows = _chunk_rows(w)
+    with torch.autocast(h.device.type, enabled=False):
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
+            if in_place:
+                from .kernels.cross_entropy import losses_of_rows
+
+                losses, log_sum[part] = losses_of_rows(
+                    h[part] @ w.t(), labels[part], bias=bias, softcap=softcap, gradient=False
+                )
+                found[part] = losses.neg_()
+                continue
+            logits = _logits(h[part], w, bias, softcap)
+            log_sum[part] = torch.logsumexp(logits.to(inner), dim=1)
+            found[part] = logits.gather(1, labels[part, None]).squeeze(1).to(inner) - log_sum[part]
+    return found, log_sum
+
+
+def _backward(
+    grad: Tensor,
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_sum: Tensor,
+    softcap: float | None,
+    wants: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by hidden, in its type, and by weight and bias, in float32."""
+    inner = log_sum.dtype
+    grad_hidden = torch.empty_like(h) if wants[0] else None
+    grad_weight = torch.zeros(w.shape, dtype=inner, device=h.device) if wants[1] else None
+    grad_bias = torch.zeros(w.shape[0], dtype=inner, device=h.device) if wants[2] else None
+    in_place = _provider(h) == "triton"
+    rows = _chunk_rows(w)
+    with torch.autocast(h.device.type, enabled=False):
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
+            if in_place:
+                from .kernels.cross_entropy import slopes_of_rows
+
+                slope = h[part] @ w.t()
+                slopes_of_rows(slope, labels[part], -grad[part], log_sum[part], bias=bias, softcap=softcap)
+            else:
+                logits = _logits(h[part], w, bias, softcap)
+                slope = (logits.to(inner) - log_sum[part, None]).exp_().mul_(-grad[part, None])
+                add_at_(slope, labels[part], grad[part])
+                if softcap is not None:
+                    slope.mul_(logits.to(inner).div_(softcap).square_().neg_().add_(1.0))
+            if grad_bias is not None:
+                grad_bias += slope.sum(dim=0, dtype=inner)
+            slope = slope.to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, w, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += slope.t() @ h[part]
+    return grad_hidden, grad_weight, grad_bias
+
+
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,54 +160,98 @@ class _TokenLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         softcap: float | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        dtype = computing_dtype(hidden)
-        inner = torch.float64 if dtype == torch.float64 else torch.float32
-        h, w = hidden.to(dtype), weight.to(dtype)
-        wanted, log_sum = (torch.empty(len(h), dtype=inner, device=h.device) for _ in range(2))
-        rows = max(1, CHUNK // weight.shape[0])
-        with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(h), rows):
-                part = slice(start, start + rows)
-                logits = _logits(h[part], w, bias, softcap)
-                wanted[part] = logits.gather(1, labels[part, None]).squeeze(1).to(inner)
-                log_sum[part] = torch.logsumexp(logits.to(inner), dim=1)
+        found, log_sum = _forward(hidden.to(dtype), weight.to(dtype), bias, labels, softcap)
         ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
         ctx.softcap, ctx.computing = softcap, dtype
-        return wanted - log_sum
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, log_sum = ctx.saved_tensors
-        dtype, softcap = ctx.computing, ctx.softcap
-        inner = log_sum.dtype
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        h, w = hidden.to(dtype), weight.to(dtype)
-        grad_hidden = torch.empty_like(h) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=inner, device=h.device) if wants_weight else None
-        grad_bias = torch.zeros(weight.shape[0], dtype=inner, device=h.device) if wants_bias else None
-        rows = max(1, CHUNK // weight.shape[0])
-        with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(h), rows):
-                part = slice(start, start + rows)
-                column, factor = labels[part, None], grad[part, None]
-                logits = _logits(h[part], w, bias, softcap)
-                slope = (logits.to(inner) - log_sum[part, None]).exp_().mul_(-factor)
-                slope.scatter_add_(1, column, factor)
-                if softcap is not None:
-                    slope.mul_(logits.to(inner).div_(softcap).square_().neg_().add_(1.0))
-                if grad_bias is not None:
-                    grad_bias += slope.sum(dim=0)
-                slope = slope.to(dtype)
-                if grad_hidden is not None:
-                    torch.mm(slope, w, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += slope.t() @ h[part]
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
+        dtype = ctx.computing
+        found = _backward(
+            *(grad, hidden.to(dtype), weight.to(dtype), bias, labels, log_sum),
+            ctx.softcap,
+            ctx.needs_input_grad[:3],
         )
+        gradients = [
+            None if g is None else g.to(one.dtype)
+            for g, one in zip(found, (hidden, weight, bias), strict=True)
+        ]
+        return (*gradients, None, None, None)
+
+
+@torch.library.custom_op("shoestring::token_log_probs", mutates_args=())
+def log_probs_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> list[Tensor]:
+    """`token_log_probs` as an operation that torch.compile keeps whole, and what its backward reads [N]."""
+    return list(_forward(hidden, weight, bias, labels, softcap))
+
+
+@log_probs_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> list[Tensor]:
+    inner = torch.promote_types(hidden.dtype, torch.float32)
+    return [hidden.new_empty(len(hidden), dtype=inner) for _ in range(2)]
+
+
+@torch.library.custom_op("shoestring::token_log_probs_backward", mutates_args=())
+def backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_sum: Tensor,
+    softcap: float | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    """Gradients by hidden, weight and bias, in their types; of one that is not wanted an empty tensor."""
+    found = _backward(grad, hidden, weight, bias, labels, log_sum, softcap, wants)
+    given = (hidden, weight, bias)
+    return [
+        hidden.new_empty(0) if g is None or one is None else g.to(one.dtype)
+        for g, one in zip(found, given, strict=True)
+    ]
+
+
+@backward_op.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    log_sum: Tensor,
+    softcap: float | None,
+    wants: list[bool],
+) -> list[Tensor]:
+    return [
+        torch.empty_like(one, memory_format=torch.contiguous_format)
+        if one is not None and wanted
+        else hidden.new_empty(0)
+        for one, wanted in zip((hidden, weight, bias), wants, strict=True)
+    ]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, softcap = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.softcap = softcap
+
+
+def _back(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    *tensors, log_sum = ctx.saved_tensors
+    if grads[0] is None:
+        return None, None, None, None, None
+    wants = list(ctx.needs_input_grad[:3])
+    found = backward_op(grads[0], *tensors, log_sum, ctx.softcap, wants)
+    return (*(g if wanted else None for g, wanted in zip(found, wants, strict=True)), None, None)
+
+
+log_probs_op.register_autograd(_back, setup_context=_keep)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..models.facts import ModelFacts
 from ..ops import cross_entropy_sum
-from ..ops.cross_entropy import FROZEN_CHUNK, TRAINED_CHUNK
+from ..ops.loss_heads import rows_of_chunk
 from ..recipes import Recipe
 from . import defaults
 from .curves import Line, Polyline, line_through, plane_through
@@ -169,9 +169,10 @@ def _run_head(
     weight = block.repeat(facts.vocab_size, 1).requires_grad_(trained)
     if trained:
         weight.grad = torch.zeros_like(weight)
-    chunk = max(2, (TRAINED_CHUNK if trained else FROZEN_CHUNK) // facts.vocab_size)
+    chunk = max(2, rows_of_chunk(facts.vocab_size, device, trained))
     middle = min(chunk, max(setting.tokens))
-    counts = (middle // 2, middle, 2 * middle)
+    # one more than a chunk: from two chunks on a trained weight's gradient is summed in float32
+    counts = (middle // 2, middle + (middle == chunk), 2 * middle)
     _head_point(facts, device, setting, weight, 1)  # warm
     points = [_head_point(facts, device, setting, weight, count) for count in counts]
     hidden_states = 4.0 * facts.hidden_size * dtype.itemsize

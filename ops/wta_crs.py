@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
+from .gathered import gathered_product
 
 
 def choose_rows(norms: Tensor, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ class _SampledLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (grad @ weight.to(grad.dtype)).view(ctx.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            dw = (grad.index_select(0, indices).t() @ kept).to(weight.dtype)
+            dw = gathered_product(grad, indices, kept, weight.dtype)
         if ctx.needs_input_grad[2]:
             db = grad.sum(0, dtype=ctx.bias_dtype)
         return dx, dw, db, None, None

@@ -1,7 +1,7 @@
 """The optimizers that a recipe may name, and what each lets one set.
 
 Every class is one algorithm; `shoestring.optimizers.build_optimizer` turns it into the optimizer. Options
-have the names of the published packages. What all of our own share stands in `_Own`.
+have the names of the published packages. What ours share stands in `_Written`, `_Own` and `_Elementwise`.
 """
 
 from typing import Annotated, Literal
@@ -38,14 +38,9 @@ class _Optimizer(Section):
     )
 
 
-class _Own(_Optimizer):
-    """What every optimizer of our own understands."""
+class _Written(_Optimizer):
+    """How every optimizer of our own writes weights."""
 
-    state_bits: Literal[32, 16, 8] = Field(
-        default=32,
-        description="Bits of an element of state. 8 is blockwise: a scale for each 256 elements; tensors "
-        "below 4,096 elements stay at 32.",
-    )
     weights: Literal["sr", "kahan", "master", "plain"] = Field(
         default="sr",
         description="How bfloat16 weights take an update smaller than their last digit: stochastic rounding "
@@ -66,13 +61,23 @@ class _Own(_Optimizer):
     )
 
 
-class _Elementwise(_Own):
+class _Own(_Written):
+    """What our optimizers for matrices understand."""
+
+    state_bits: Literal[32, 16, 8] = Field(
+        default=32,
+        description="Bits of an element of state. 8 is blockwise: a scale for each 256 elements; tensors "
+        "below 4,096 elements stay at 32.",
+    )
+
+
+class _Elementwise(_Written):
     """Rules that go element by element, whose state may have 4 bits too."""
 
     state_bits: Literal[32, 16, 8, 4] = Field(
         default=32,
         description="Bits of an element of state. 8 and 4 are blockwise: a scale for each 256 or 128 "
-        "elements; tensors below 4,096 elements stay at 32.",
+        "elements; tensors below 4,096 elements stay at 32. 4 is for adamw and lion alone.",
     )
 
 

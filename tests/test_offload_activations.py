@@ -14,8 +14,8 @@ from shoestring.offload.activation_model import ActivationChoice
 from shoestring.offload.activations import apply_activations, decoder_layers
 from shoestring.offload.pool import HostPool
 from shoestring.offload.swap import PlainLink
-from shoestring.optimizers.in_backward import step_in_backward
 from shoestring.optimizers.elementwise import AdamW
+from shoestring.optimizers.in_backward import step_in_backward
 
 CHOICES = {
     "keep": ("keep",) * LAYERS,

@@ -10,9 +10,9 @@ from shoestring.offload.layer_buffers import LayerBuffers
 from shoestring.ops import register, use_fused
 from shoestring.optimizers import APOLLO, GaLore, Muon
 from shoestring.optimizers.adalomo import AdaLOMO
+from shoestring.optimizers.elementwise import AdamW
 from shoestring.optimizers.in_backward import BackwardStepper
 from shoestring.optimizers.lomo import LOMO
-from shoestring.optimizers.elementwise import AdamW
 from shoestring.plan.live_bytes import LiveBytes
 from streaming import llama, loss_of, rows, streamed, trained, with_lora
 from torch import nn

@@ -11,9 +11,9 @@ from shoestring.offload.errors import OffloadError
 from shoestring.offload.layer_buffers import LayerBuffers
 from shoestring.offload.layer_layout import lay_out
 from shoestring.offload.layer_store import Copier, HostLayers
+from shoestring.optimizers.elementwise import AdamW
 from shoestring.optimizers.in_backward import BackwardStepper, step_in_backward
 from shoestring.optimizers.lomo import LOMO
-from shoestring.optimizers.elementwise import AdamW
 from shoestring.recipes.errors import UserError
 from streaming import SlowStore, llama, loss_of, rows, streamed, trained, with_lora
 

@@ -17,10 +17,10 @@ from shoestring.optimizers import APOLLO, GaLore, Muon, clip_by_global_norm
 from shoestring.optimizers.adalomo import AdaLOMO
 from shoestring.optimizers.adalomo import state_bytes as adalomo_bytes
 from shoestring.optimizers.badam import BAdam
+from shoestring.optimizers.elementwise import AdamW
 from shoestring.optimizers.in_backward import BackwardStepper, measure_in_backward, step_in_backward
 from shoestring.optimizers.lomo import LOMO
 from shoestring.optimizers.lomo import state_bytes as lomo_bytes
-from shoestring.optimizers.elementwise import AdamW
 from shoestring.plan.live_bytes import LiveBytes
 from shoestring.recipes import load_recipe
 from shoestring.recipes.errors import DivergedError, UserError

@@ -15,6 +15,7 @@ from ..adapters import adapter_lines, attach, looks_at_rows
 from ..data import Prepared, TokenRows, collate, prepare
 from ..models import ModelFacts, load_model, use_packed_attention, weight_reader
 from ..ops import use_fused, use_int8_weights, use_wta_crs
+from ..ops.providers import lines as provider_lines
 from ..optimizers import build_optimizer, share_line, slots, takes_matrices
 from ..optimizers.in_backward import BackwardStepper
 from ..plan import Plan, data_facts, make_plan, probe
@@ -192,6 +193,7 @@ def build_engine(
     fused += adapter_lines(trained, adapter)
     if recipe.train.fused_ops:
         fused += use_fused(trained) if streamed is None else use_fused_streamed(streamed, trained)
+    fused += provider_lines(device)
     if recipe.train.wta_crs_ratio is not None:
         fused += use_wta_crs(trained, recipe.train.wta_crs_ratio)
     trained.to(device)

@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -66,30 +67,46 @@ def _compiler() -> str | None:
 
 
 def _compiled(compiler: str) -> Path:
-    sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    folder = _folder()
-    path = folder / f"{_key(compiler, sources)}.so"
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.cpp"))
+    runtime = None if "clang" in os.path.realpath(compiler) else _openmp()  # clang's calls another runtime
+    flags = (*_FLAGS, "-fopenmp") if runtime else _FLAGS
+    kept = _folder()
+    path = kept / f"{_key(compiler, (*sources, *folder.glob('*.h')), flags, runtime)}.so"
     if not path.exists():
         # Beside it and renamed: two processes may build at once, and neither loads half a file.
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / "library.so"
-            subprocess.run(
-                [compiler, *_FLAGS, *map(str, sources), "-o", str(made)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            made.replace(path)
+        with tempfile.TemporaryDirectory(dir=kept) as aside:
+            _run([compiler, *flags, "-c", *map(str, sources)], aside)
+            objects = [f"{source.stem}.o" for source in sources]
+            # Without -fopenmp here: it would bring the compiler's own runtime beside PyTorch's.
+            linked = [*objects, runtime] if runtime else objects
+            _run([compiler, "-shared", "-pthread", *linked, "-o", "it.so"], aside)
+            (Path(aside) / "it.so").replace(path)
     return path
 
 
-def _key(compiler: str, sources: list[Path]) -> str:
+def _run(command: list[str], folder: str) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+
+
+def _openmp() -> str | None:
+    """The GNU OpenMP runtime that PyTorch has loaded, whose threads are then ours too."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    found = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}
+    return found.pop() if len(found) == 1 else None
+
+
+def _key(compiler: str, sources: Iterable[Path], flags: tuple[str, ...], runtime: str | None) -> str:
     """Of everything that makes another library: sources, flags, compiler, and the processor's abilities."""
     digest = hashlib.sha256()
-    for source in sources:
+    for source in sorted(sources):
         digest.update(source.read_bytes())
     tool = os.stat(compiler)
-    digest.update(repr((_FLAGS, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns)).encode())
+    made_by = (flags, runtime, os.path.realpath(compiler), tool.st_size, tool.st_mtime_ns)
+    digest.update(repr(made_by).encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:32]
 

@@ -7,9 +7,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -109,18 +110,12 @@ extern "C" void shoestring_grad_pack(const int64_t* rows, const int32_t* owner, 
                 *first = rows + 3 * tensors, *kinds = rows + 4 * tensors;
   const Sweep sweeps[] = {chosen<Float32>(target_kind, scaled), chosen<Bfloat16>(target_kind, scaled),
                           chosen<Float16>(target_kind, scaled)};
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(RUN)) < blocks;)
-      for (int64_t b = begin; b < std::min(begin + RUN, blocks); b++) {
-        const int64_t t = owner[b], start = (b - first[t]) * BLOCK;
-        const auto* from = reinterpret_cast<const char*>(addresses[t]) + start * width(kinds[t]);
-        char* to = target_kind < 0 ? nullptr : target + (places[t] + start) * width(target_kind);
-        sweeps[kinds[t]](from, to, std::min(BLOCK, elements[t] - start), scale, sums + b, tops + b);
-      }
-  };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min(threads, (blocks + RUN - 1) / RUN); t++) others.emplace_back(work);
-  work();
-  for (auto& thread : others) thread.join();
+  in_turns(blocks, RUN, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) {
+      const int64_t t = owner[b], start = (b - first[t]) * BLOCK;
+      const auto* from = reinterpret_cast<const char*>(addresses[t]) + start * width(kinds[t]);
+      char* to = target_kind < 0 ? nullptr : target + (places[t] + start) * width(target_kind);
+      sweeps[kinds[t]](from, to, std::min(BLOCK, elements[t] - start), scale, sums + b, tops + b);
+    }
+  });
 }

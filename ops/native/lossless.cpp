@@ -7,8 +7,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -19,16 +20,10 @@ constexpr int64_t RUN = 32;             // blocks that a thread takes at a time
 constexpr int WINDOW = 7;
 
 template <class Work>
-void in_turns(int64_t blocks, int64_t threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto take = [&] {
-    for (int64_t begin; (begin = next.fetch_add(RUN)) < blocks;)
-      for (int64_t b = begin; b < std::min(begin + RUN, blocks); b++) work(b);
-  };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min(threads, (blocks + RUN - 1) / RUN); t++) others.emplace_back(take);
-  take();
-  for (auto& thread : others) thread.join();
+void each_block(int64_t elements, int64_t threads, const Work& work) {
+  in_turns((elements + BLOCK - 1) / BLOCK, RUN, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) work(b);
+  });
 }
 
 // The start of the seven neighbouring exponents that most elements have.
@@ -106,7 +101,7 @@ bool decode_block(uint16_t* out, int64_t count, uint8_t base, uint16_t others, c
 // rest: room for `elements` bytes, of which the first so many as it returns are what there is.
 extern "C" int64_t shoestring_lossless_encode(const uint16_t* in, int64_t elements, uint8_t* bases, uint16_t* others,
                                            uint8_t* low, uint8_t* planes, uint8_t* rest, int64_t threads) {
-  in_turns((elements + BLOCK - 1) / BLOCK, threads, [&](int64_t b) {
+  each_block(elements, threads, [&](int64_t b) {
     const int64_t start = b * BLOCK;
     encode_block(in + start, std::min(BLOCK, elements - start), bases + b, others + b, low + start,
                  planes + b * PLANES, rest + start);
@@ -121,7 +116,7 @@ extern "C" int64_t shoestring_lossless_decode(uint16_t* out, int64_t elements, c
                                               const uint16_t* others, const int64_t* starts, const uint8_t* low,
                                               const uint8_t* planes, const uint8_t* rest, int64_t threads) {
   std::atomic<int64_t> wrong{0};
-  in_turns((elements + BLOCK - 1) / BLOCK, threads, [&](int64_t b) {
+  each_block(elements, threads, [&](int64_t b) {
     const int64_t start = b * BLOCK;
     if (!decode_block(out + start, std::min(BLOCK, elements - start), bases[b], others[b], low + start,
                       planes + b * PLANES, rest + starts[b]))

@@ -4,13 +4,13 @@
 // Work is cut into runs of whole blocks, which threads take in turn: no result depends on who takes which.
 // Each block of 256 elements goes through small arrays on the stack, by loops that compilers turn into vectors.
 
-#include <atomic>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
-#include <thread>
 #include <vector>
+
+#include "threads.h"
 
 namespace {
 
@@ -309,21 +309,11 @@ extern "C" void shoestring_step(const Job* jobs, int64_t count, const Settings* 
   constexpr int64_t size = int64_t(RUN) * BLOCK;
   std::vector<int64_t> before(count + 1, 0);  // runs in the tensors before each
   for (int64_t j = 0; j < count; j++) before[j + 1] = before[j] + (jobs[j].elements + size - 1) / size;
-  const int64_t runs = before[count];
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    int64_t j = 0;
-    for (int64_t run; (run = next.fetch_add(1)) < runs;) {
-      while (before[j + 1] <= run) j++;
-      const int64_t from = (run - before[j]) * size;
-      const int64_t to = from + size < jobs[j].elements ? from + size : jobs[j].elements;
-      for (int64_t first = from; first < to; first += BLOCK)
-        one(jobs[j], *settings, first, to - first < BLOCK ? int(to - first) : BLOCK);
-    }
-  };
-  const int64_t threads = settings->threads < runs ? settings->threads : runs;
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; t++) others.emplace_back(work);
-  work();
-  for (auto& thread : others) thread.join();
+  in_turns(before[count], 1, settings->threads, [&](int64_t run, int64_t) {
+    const int64_t j = std::upper_bound(before.begin(), before.end(), run) - before.begin() - 1;
+    const int64_t from = (run - before[j]) * size;
+    const int64_t to = from + size < jobs[j].elements ? from + size : jobs[j].elements;
+    for (int64_t first = from; first < to; first += BLOCK)
+      one(jobs[j], *settings, first, to - first < BLOCK ? int(to - first) : BLOCK);
+  });
 }

@@ -27,9 +27,9 @@ from torch import Tensor
 from .adamw import adamw_update
 from .low_rank_torch import add_rows, channel_factors, moved_step, product, sketch
 from .providers import Provider, choose
+from .rounding import Noise
 from .writing import add_step
 
-Noise = tuple[int, int]
 Rule = Literal["sign_sgd", "sgd", "none"]
 _RULES: dict[str, int] = {"none": 0, "sign_sgd": 1, "sgd": 2}
 _KINDS = (torch.float32, torch.bfloat16, torch.float16)

@@ -57,10 +57,20 @@ def channel_factors(
         for part in _slices(max(m, n), grad.shape[0] * projection.shape[2], grad.device)
     ]
     scaled, raw = (torch.cat(norms, dim=1) for norms in zip(*pairs, strict=True))
+    return factors_of(
+        grad, scaled, raw, norm, per_channel=per_channel, limit=limit, before=before, first=first, rate=rate
+    )
+
+
+def factors_of(
+    grad: Tensor, scaled: Tensor, raw: Tensor, norm: Tensor, *,
+    per_channel: bool, limit: float | None, before: float, first: bool, rate: float,
+) -> Tensor:  # fmt: skip
+    """The factors from the norms of N and R of each channel, [B, l, 1]; the rest as in `channel_factors`."""
     if not per_channel:
         scaled, raw = _norm(scaled, (-2,)), _norm(raw, (-2,))
     factors = scaled / (raw + 1e-8)
-    if m < n:
+    if grad.shape[-2] < grad.shape[-1]:
         factors = factors.mT
     if limit is not None:
         now = scaled_norm(grad, factors).mul_(before)

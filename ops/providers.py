@@ -59,7 +59,14 @@ def choose(
 
 
 def lines(device: torch.device) -> list[str]:
-    """What to tell at the start of a run: one line where something faster is within reach."""
+    """What to tell at the start of a run: what was asked for, or what something faster lacks.
+
+    Raises UserError where SHOESTRING_OPS is not understood.
+    """
+    asked = os.environ.get("SHOESTRING_OPS", "")
+    if asked:
+        _wanted(asked)
+        return [f"ops: SHOESTRING_OPS={asked}"]
     if device.type == "cuda" and (reason := _lacks("triton", device)):
         return [f"ops: PyTorch's own operations are used, since {reason}; pip install 'shoestring[kernels]'"]
     if device.type == "cpu" and (reason := _lacks("native", device)):

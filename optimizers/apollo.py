@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.low_rank import add_scaled, apollo_factors
-from ..ops.low_rank_torch import add_rows, apollo_norms
+from ..ops.low_rank import add_scaled, apollo_factors, project
+from ..ops.low_rank import provider as low_rank_provider
+from ..ops.low_rank_torch import add_rows, apollo_norms, factors_of
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
-from .moments import State, computing_dtype, new_moment
+from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype
 from .sketch import SketchPool
 from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
@@ -170,28 +171,31 @@ class APOLLO(TwoPassOptimizer):
         rank = resolve_rank(group["rank"], shape)
         projections = [self.projection(i, shape, group, step, grad) for i in indices]
         projection = torch.stack(projections) if len(projections) > 1 else projections[0].unsqueeze(0)
-        moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
         norm = gather(states, "norm")
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         root = sqrt(group["scale"] if group["scale"] is not None else min(shape[-2:]) / rank)
         corrected = rate * sqrt(1 - beta2**step) / (1 - beta1**step)
         # The published order decays after the update; weights are written with decay before it.
         corrected *= 1 - rate * group["weight_decay"]
-        found = apollo_factors(
-            grad,
-            projection,
-            *moments,
-            norm,
-            betas=group["betas"],
-            eps=group["eps"],
-            per_channel=self.per_channel,
-            limit=group["norm_growth_limit"],
-            before=root if group["scale_front"] else 1.0,
-            first=step == 1,
-            rate=-corrected * root,
-        )
-        for key, value in zip(("exp_avg", "exp_avg_sq", "norm"), (*moments, norm), strict=True):
-            scatter(states, key, value, step)
+        betas, eps = group["betas"], group["eps"]
+        rest: dict[str, Any] = {
+            "per_channel": self.per_channel,
+            "limit": group["norm_growth_limit"],
+            "before": root if group["scale_front"] else 1.0,
+            "first": step == 1,
+            "rate": -corrected * root,
+        }
+        if is_narrow(states[0]) and low_rank_provider(grad, projection) != "triton":
+            sketched = project(grad, projection)
+            raw = sketched.norm(dim=-1, keepdim=True)
+            moved = advance(states, sketched, betas=betas, eps=eps, step=step).norm(dim=-1, keepdim=True)
+            found = factors_of(grad, moved, raw, norm, **rest)
+        else:
+            moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
+            found = apollo_factors(grad, projection, *moments, norm, betas=betas, eps=eps, **rest)
+            scatter(states, "exp_avg", moments[0], step)
+            scatter(states, "exp_avg_sq", moments[1], step)
+        scatter(states, "norm", norm, step)
         return found
 
 

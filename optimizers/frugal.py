@@ -25,7 +25,7 @@ from .adamw import adamw_update
 from .cost import Cost, state_traffic, weight_traffic
 from .galore import basis_bytes, new_basis
 from .matrix import Group, gather, matrix_bytes, scatter
-from .moments import State, computing_dtype, new_moment
+from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, tall
 from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
@@ -143,6 +143,12 @@ class FRUGAL(TwoPassOptimizer):
         free, held = -rate * group["state_free_scale"], -rate
 
         def adam(active: Tensor, state: State) -> Tensor:
+            if is_narrow(state):
+                (beta1, beta2), eps = group["betas"], group["eps"]
+                root = (1 - beta2**count) ** -0.5
+                # M / (√V root + ε) by what knows no correction
+                found = advance([state], active.clone(), betas=(beta1, beta2), eps=eps / root, step=step)
+                return found.mul_(held / (root * (1 - beta1**count)))
             exp_avg, exp_avg_sq = gather([state], "exp_avg"), gather([state], "exp_avg_sq")
             direction = adamw_update(
                 active, exp_avg, exp_avg_sq, betas=group["betas"], eps=group["eps"], step=count

@@ -23,7 +23,7 @@ from ..ops.low_rank import add_product, project, subspace_step
 from ..ops.low_rank_torch import moved_step
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
-from .moments import State, computing_dtype, new_moment
+from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, turn
 from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
@@ -166,6 +166,9 @@ class GaLore(TwoPassOptimizer):
         factor = -rate * group["scale"] * sqrt(1 - beta2**step) / (1 - beta1**step)
         # The published order decays after the update; weights are written with decay before it.
         factor *= 1 - rate * group["weight_decay"]
+        if is_narrow(states[0]):
+            found = advance(states, projected, betas=group["betas"], eps=group["eps"], step=step)
+            return found.mul_(factor).to(product), basis
         moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
         step_in_it = subspace_step(
             projected, *moments, betas=group["betas"], eps=group["eps"], factor=factor, dtype=product

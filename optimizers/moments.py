@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.codec import LAWS, Law, block_of, code_count, decode, encode, scale_count, threshold_at
+from ..ops.quantised_step import quantised_direction
 
 BLOCK = 256
 """Elements that share one scale in 8 bits; ranges of state start at multiples of it."""
@@ -110,6 +111,33 @@ def write(state: State, key: str, value: Tensor, step: int, part: slice | None =
     flat = stored if part is None else stored.view(-1)[part]
     if stored.dtype == torch.bfloat16 or value.data_ptr() != flat.data_ptr():
         flat.copy_(value)
+
+
+def is_narrow(state: State) -> bool:
+    """Whether the moments have fewer than 32 bits: `advance` is one pass where read and write are many."""
+    return state["exp_avg"].dtype in (torch.bfloat16, torch.int8)
+
+
+def advance(
+    states: list[State], values: Tensor, *, betas: tuple[float, float], eps: float, step: int
+) -> Tensor:
+    """M / (√V + ε) of gradients `values` [B, ...], float32, as many of a state as it has; they are used up.
+
+    Both moments of all states, which are alike, move on.
+    """
+    values = values.float().contiguous()
+    quantised_direction(
+        list(values.chunk(len(states))),
+        [state["exp_avg"] for state in states],
+        scales_of(states, "exp_avg"),
+        [state["exp_avg_sq"] for state in states],
+        scales_of(states, "exp_avg_sq"),
+        law=law_of(states[0], "exp_avg"),
+        betas=betas,
+        eps=eps,
+        step=step,
+    )
+    return values
 
 
 def _from(state: State, key: str, law: Law, part: slice | None) -> tuple[Tensor, Tensor]:

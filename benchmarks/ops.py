@@ -146,19 +146,28 @@ def machine(device: torch.device) -> tuple[Limits, str]:
     return limits, line
 
 
-def pages_of(module: ModuleType, device: torch.device | None, limits: Limits | None) -> list[Page]:
-    """What `module` has to say: rows measured on `device`, and computed ones where it is no GPU."""
+def pages_of(
+    module: ModuleType, device: torch.device | None, limits: Limits | None, all_rows: list[Row]
+) -> list[Page]:
+    """What `module` has to say: rows measured on `device`, and computed ones where it is no GPU.
+
+    The measured rows are added to `all_rows`.
+    """
     name, pages = module.__name__, []
     if device is not None and limits is not None and (rows := module.rows(device)):
         pages.append(measured(name, rows, limits))
+        all_rows += rows
     floors = getattr(module, "h200_rows", None)
     if floors is not None and (device is None or device.type == "cpu"):
         pages.append(computed(name, floors()))
     return pages
 
 
-def run(names: list[str], device: torch.device | None, minutes: float) -> tuple[list[str], bool]:
+def run(
+    names: list[str], device: torch.device | None, minutes: float, plot: Path | None
+) -> tuple[list[str], bool]:
     """Markdown of all that was printed, and whether all went well; `device` None: floors alone."""
+    rows: list[Row] = []
     console = Console(width=None if sys.stdout.isatty() else 150)
     start, written, well, limits = time.monotonic(), [], True, None
     if device is not None:
@@ -172,7 +181,7 @@ def run(names: list[str], device: torch.device | None, minutes: float) -> tuple[
             continue
         begun = time.monotonic()
         try:
-            pages = pages_of(importlib.import_module(name), device, limits)
+            pages = pages_of(importlib.import_module(name), device, limits, rows)
         except Exception as error:
             # One that fails must not take the others with it.
             absent = isinstance(error, ModuleNotFoundError) and error.name == name
@@ -190,6 +199,10 @@ def run(names: list[str], device: torch.device | None, minutes: float) -> tuple[
         gc.collect()
         if device is not None and device.type == "cuda":
             torch.cuda.empty_cache()
+    if plot is not None and rows:
+        from ops_plot import draw
+
+        draw(rows, plot, written[0].strip())
     return written, well
 
 
@@ -205,6 +218,7 @@ def main() -> int:
         "--floors", action="store_true", help="print the computed floors alone; no GPU needed"
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios there (matplotlib)")
     parser.add_argument("--minutes", type=float, help="begin nothing after so many (10 on CUDA, else no end)")
     given = parser.parse_args()
     if given.device == "cuda" and not given.floors and not torch.cuda.is_available():
@@ -212,7 +226,7 @@ def main() -> int:
         return 2
     device = None if given.floors else torch.device(given.device)
     minutes = given.minutes or (10.0 if given.device == "cuda" else float("inf"))
-    written, well = run(given.only or list(MODULES), device, minutes)
+    written, well = run(given.only or list(MODULES), device, minutes, given.plot)
     if given.markdown is not None:
         given.markdown.write_text("\n".join(written), encoding="utf-8")
     return 0 if well else 1

@@ -231,10 +231,10 @@ def test_import_is_quick_and_without_torch(module: str) -> None:
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         ).stdout.split()
-        for _ in range(3)
+        for _ in range(5)
     ]
     assert {torch for _, torch in runs} == {"False"}
-    # Seconds of this process's own work, the best of three: other processes of a busy machine do not count.
+    # Seconds of this process's own work, the best of five: other processes of a busy machine do not count.
     assert min(float(seconds) for seconds, _ in runs) < 0.3
 
 

@@ -35,7 +35,7 @@ AFTER = {
     "key_of_nowhere": (
         "optimizer: {zzz: 3}\n",
         "recipe.yaml:4  optimizer.zzz is not a key; allowed: learning_rate, weight_decay, "
-        "max_grad_norm, state_bits, weights, step_in_backward, clipping, name, betas, eps",
+        "max_grad_norm, weights, step_in_backward, clipping, state_bits, name, betas, eps",
     ),
     "section_of_nowhere": (
         "surgery: null\n",

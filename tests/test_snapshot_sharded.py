@@ -37,12 +37,16 @@ def end_keepers(run: Path) -> None:
 
 
 def kill(trainers: list[Trainer]) -> int:
-    """SIGKILL to all; the last step that any had told."""
+    """SIGKILL to all; the last step that all but one had told: what that one had not published, parity has.
+
+    A process tells what it has published itself. The last one to be killed may tell of a step that two others
+    did not come to publish.
+    """
     for trainer in trainers:
         trainer.process.kill()
     for trainer in trainers:
         trainer.end()
-    return max(trainer.said for trainer in trainers)
+    return sorted(trainer.said for trainer in trainers)[min(1, len(trainers) - 1)]
 
 
 def wait_for(trainers: list[Trainer], step: int) -> None:

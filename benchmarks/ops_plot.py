@@ -1,0 +1,37 @@
+"""A picture of what benchmarks/ops.py measured: how many times ours each contender takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ops_timing import Row
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """One dot a contender on a line an operation, by time over ours, logarithmic; ours is the line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if "ours" in row.seconds and len(row.seconds) > 1]
+    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(shown) + 1.4), layout="constrained")
+    names = sorted({name for row in shown for name in row.seconds if name != "ours"})
+    colours = dict(zip(names, pyplot.get_cmap("tab20").colors * 2, strict=False))
+    for y, row in enumerate(reversed(shown)):
+        for name, seconds in row.seconds.items():
+            if name != "ours":
+                ratio = seconds / row.seconds["ours"]
+                axes.plot(ratio, y, "o", color=colours[name], markersize=8)
+                axes.annotate(
+                    name, (ratio, y), xytext=(0, 7), textcoords="offset points", fontsize=6.5, ha="center"
+                )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
+    axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)], fontsize=8)
+    axes.set_xlabel("time over ours: right of the line ours is quicker")
+    axes.set_ylim(-0.6, len(shown) - 0.2)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=110)

@@ -15,17 +15,17 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     shown = [row for row in rows if "ours" in row.seconds and len(row.seconds) > 1]
-    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(shown) + 1.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 0.3 * len(shown) + 1.5), layout="constrained")
     names = sorted({name for row in shown for name in row.seconds if name != "ours"})
-    colours = dict(zip(names, pyplot.get_cmap("tab20").colors * 2, strict=False))
-    for y, row in enumerate(reversed(shown)):
-        for name, seconds in row.seconds.items():
-            if name != "ours":
-                ratio = seconds / row.seconds["ours"]
-                axes.plot(ratio, y, "o", color=colours[name], markersize=8)
-                axes.annotate(
-                    name, (ratio, y), xytext=(0, 7), textcoords="offset points", fontsize=6.5, ha="center"
-                )
+    colours = pyplot.get_cmap("tab20").colors
+    for index, name in enumerate(names):
+        points = [
+            (row.seconds[name] / row.seconds["ours"], y)
+            for y, row in enumerate(reversed(shown))
+            if name in row.seconds
+        ]
+        marker = "os^Dv"[index % 5]
+        axes.plot(*zip(*points, strict=True), marker, color=colours[index % 20], markersize=8, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
@@ -33,5 +33,6 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     axes.set_xlabel("time over ours: right of the line ours is quicker")
     axes.set_ylim(-0.6, len(shown) - 0.2)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=7, loc="left")
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)

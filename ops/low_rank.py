@@ -6,10 +6,12 @@ APOLLO, GaLore and FRUGAL (`optimizers/`) share these parts. For G [m, n] and it
     between  moments of R; a factor s_j a channel, or the step N in the subspace
     pass 2   W ← keep W + s_j G, or keep W + N Pᵀ, rounded as it is written
 
-APOLLO's are `apollo_factors` and `add_scaled`, GaLore's `project`, `subspace_step` and `add_product`. The
-limiter of growth (arXiv:2410.01623) needs |s ∘ G|² = Σ s_j² c_j, so it is no third pass. Nothing of the
-size of G is made between: neither the scaled gradient nor N Pᵀ. FRUGAL by columns (arXiv:2411.07837) is one
-pass, `add_columns`. Bytes an element of bfloat16: 2 + 6, and 6 for the one pass (and the moments).
+Pass 1 is `first_pass`; APOLLO goes on with `apollo_factors` and `add_scaled`, GaLore with `subspace_step` and
+`add_product`. The limiter of growth (arXiv:2410.01623) needs |s ∘ G|² = Σ s_j² c_j and the global norm Σ c_j,
+so neither is a pass more; R is linear in G, so what clipping multiplies by, `grad_scale`, enters between the
+passes. Nothing of the size of G is made there: neither the scaled gradient nor N Pᵀ. FRUGAL by columns
+(arXiv:2411.07837) is one pass, `add_columns`. Bytes an element of bfloat16: 2 + 6, and 6 for the one pass
+(and the moments).
 
 Matrices come stacked, [B, m, n], gradients and weights of any strides. noise = (key, start) of
 `rounding.noise_key` and `rounding.noise_start` rounds bfloat16 weights at random, None to nearest. The
@@ -19,13 +21,13 @@ kernels take gradients and weights of 32 and 16 bits; float64 runs on PyTorch's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adamw import adamw_update
-from .low_rank_torch import add_rows, channel_factors, moved_step, product, sketch
+from .low_rank_torch import add_rows, channel_factors, channel_squares, moved_step, product, sketch
 from .providers import Provider, choose
 from .rounding import Noise
 from .writing import add_step
@@ -46,57 +48,77 @@ def upright(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
 
 
-def project(grad: Tensor, projection: Tensor) -> Tensor:
-    """R [B, l, r] in the computing type, of grad [B, m, n] and projection [B or 1, k, r].
+class FirstPass(NamedTuple):
+    """What pass 1 of matrices [B, m, n] found, in the computing type.
+
+    parts: R in parts [P, B, l, r] whose sum it is. squares: |g_j|² of each channel [P, B, l] likewise, or
+    empty where they were not asked for.
+    """
+
+    parts: Tensor
+    squares: Tensor
+
+    def projected(self) -> Tensor:
+        """R [B, l, r]."""
+        return _summed(self.parts)
+
+    def summed(self) -> FirstPass:
+        """The same in one part."""
+        if len(self.parts) == 1:
+            return self
+        return FirstPass(self.parts.sum(0, keepdim=True), self.squares.sum(0, keepdim=True))
+
+
+def first_pass(grad: Tensor, projection: Tensor, *, squares: bool = True) -> FirstPass:
+    """R = G P and the squared norms of G's channels, of grad [B, m, n] and projection [B or 1, k, r].
 
     The product is made in the type of `projection`. PyTorch rounds R to it; the kernel sums in float32.
     """
     if torch.compiler.is_compiling():
-        found: Tensor = project_op(grad, projection)
-        return found
+        projected, found = first_pass_op(grad, projection, squares)
+        return FirstPass(projected.unsqueeze(0), found.unsqueeze(0) if squares else found)
     if provider(grad, projection) == "triton":
         from .kernels.low_rank import project as launch
 
-        parts = launch(upright(grad), projection, squares=False)[0]
-        return parts[0] if len(parts) == 1 else parts.sum(0)
-    return sketch(upright(grad), projection).to(_computing(grad))
+        return FirstPass(*launch(upright(grad), projection, squares=squares))
+    projected = sketch(upright(grad), projection).to(_computing(grad)).unsqueeze(0)
+    return FirstPass(projected, channel_squares(grad).unsqueeze(0) if squares else projected.new_empty(0))
+
+
+def project(grad: Tensor, projection: Tensor) -> Tensor:
+    """R [B, l, r] of `first_pass`."""
+    return first_pass(grad, projection, squares=False).projected()
 
 
 def apollo_factors(
-    grad: Tensor, projection: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, *,
-    betas: tuple[float, float], eps: float, per_channel: bool, limit: float | None, before: float,
-    first: bool, rate: float,
+    found: FirstPass, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, *, betas: tuple[float, float],
+    eps: float, per_channel: bool, limit: float | None, before: float, first: bool, rate: float,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What to multiply grad [B, m, n] by: [B, m, 1] or [B, 1, n], or [B, 1, 1] for one factor a matrix.
+    """What to multiply the channels of G by: [B, l, 1], or [B, 1, 1] for one factor a matrix.
 
-        s = |N_j| / (|R_j| + 1e-8),  N = M / (√V + ε);  s rate · limit / max(u / u_before, limit),
-        u = before |s ∘ G|
+        s = |N_j| / (|R_j| + 1e-8),  N = M / (√V + ε);  c s rate · limit / max(u / u_before, limit),
+        u = before c |s ∘ G|
 
-    of R = G projection [B or 1, k, r] (arXiv:2412.05270). exp_avg and exp_avg_sq [B, l, r] and norm [B, 1, 1]
-    are changed in place; first: there is no u_before yet. limit None: any growth, norm is left alone.
+    R is c times that of `found` (arXiv:2412.05270), c = grad_scale, a scalar on the device. exp_avg and
+    exp_avg_sq [B, l, r] and norm [B, 1, 1] are changed in place; first: there is no u_before yet. limit None:
+    any growth, norm is left alone.
     """
-    options = (*betas, eps, per_channel, limit, before, first, rate)
+    options = (*betas, eps, per_channel, limit, before, first, rate, grad_scale)
     if torch.compiler.is_compiling():
-        found: Tensor = apollo_factors_op(grad, projection, exp_avg, exp_avg_sq, norm, *options)
-        return found
-    if provider(grad, projection) == "triton":
-        from .kernels import low_rank, low_rank_write
-
-        parts, squares = low_rank.project(upright(grad), projection, squares=True)
-        scaled, raw = low_rank_write.moments(parts, exp_avg, exp_avg_sq, betas, eps)
-        found = low_rank_write.factors(
-            scaled,
-            raw,
-            squares,
-            norm,
-            per_channel=per_channel,
-            limit=limit,
-            before=before,
-            first=first,
-            rate=rate,
+        factors: Tensor = apollo_factors_op(
+            found.projected(), _summed(found.squares), exp_avg, exp_avg_sq, norm, *options
         )
-        return found.unsqueeze(1 if grad.shape[1] < grad.shape[2] else 2)
-    return channel_factors(grad, projection, exp_avg, exp_avg_sq, norm, *options)
+        return factors
+    if provider(found.parts, exp_avg) == "triton":
+        from .kernels import low_rank_write
+
+        scaled, raw = low_rank_write.moments(found.parts, exp_avg, exp_avg_sq, betas, eps, grad_scale)
+        return low_rank_write.factors(
+            scaled, raw, found.squares, norm, per_channel=per_channel, limit=limit, before=before,
+            first=first, rate=rate, grad_scale=grad_scale,
+        ).unsqueeze(2)  # fmt: skip
+    return channel_factors(found.projected(), _summed(found.squares), exp_avg, exp_avg_sq, norm, *options)
 
 
 def subspace_step(
@@ -111,7 +133,7 @@ def subspace_step(
         from .kernels.low_rank_write import moments as launch
 
         found = torch.empty_like(projected, dtype=dtype, memory_format=torch.contiguous_format)
-        launch(projected.contiguous().unsqueeze(0), exp_avg, exp_avg_sq, betas, eps, found, factor)
+        launch(projected.contiguous().unsqueeze(0), exp_avg, exp_avg_sq, betas, eps, None, found, factor)
         return found
     return moved_step(projected, exp_avg, exp_avg_sq, betas=betas, eps=eps).mul_(factor).to(dtype)
 
@@ -147,14 +169,15 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, *, keep: float, noi
 def add_columns(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, first: int, *, keep: float,
     rate: float, free: float, rule: Rule, betas: tuple[float, float], eps: float, step: int,
-    noise: Noise | None,
+    noise: Noise | None, grad_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """weight ← keep weight - rate Adam(active columns of grad) - free rule(the others), each [B, m, n].
+    """weight ← keep weight - rate Adam(active columns of c grad) - free rule(the others), each [B, m, n].
 
-    Active are the count columns from `first` on, round the end; exp_avg and exp_avg_sq [B, m, count] are in
-    the order of the columns and are changed in place. step counts from 1 since they were zero.
+    c is grad_scale, a scalar on the device, or 1. Active are the count columns from `first` on, round the
+    end; exp_avg and exp_avg_sq [B, m, count] are in the order of the columns and are changed in place. step
+    counts from 1 since they were zero.
     """
-    options = (first, keep, rate, free, rule, *betas, eps, step, noise)
+    options = (first, keep, rate, free, rule, *betas, eps, step, noise, grad_scale)
     if torch.compiler.is_compiling():
         add_columns_op(weight, grad, exp_avg, exp_avg_sq, *options)
     elif provider(weight, grad, exp_avg) == "triton":
@@ -162,13 +185,15 @@ def add_columns(
 
         launch(
             weight, grad, exp_avg, exp_avg_sq, first, keep=keep, rate=-rate, free=-free,
-            rule=_RULES[rule], betas=betas, eps=eps, step=step, noise=noise,
+            rule=_RULES[rule], betas=betas, eps=eps, step=step, noise=noise, grad_scale=grad_scale,
         )  # fmt: skip
     else:
         spans, count, cols = [slice(first, first + exp_avg.shape[2])], exp_avg.shape[2], grad.shape[2]
         if first + count > cols:
             spans = [slice(0, first + count - cols), slice(first, cols)]
         active = torch.cat([grad[:, :, span] for span in spans], dim=2).to(_computing(grad))
+        if grad_scale is not None:
+            active *= grad_scale
         moved = adamw_update(active, exp_avg, exp_avg_sq, betas=betas, eps=eps, step=step).mul_(-rate)
         pieces = torch.split(moved, [span.stop - span.start for span in spans], dim=2)
 
@@ -176,11 +201,17 @@ def add_columns(
             rest = grad[:, rows].to(target.dtype, copy=True)
             rest = rest.sign_() if rule == "sign_sgd" else rest if rule == "sgd" else rest.zero_()
             rest.mul_(-free)
+            if rule == "sgd" and grad_scale is not None:
+                rest.mul_(grad_scale)
             for span, piece in zip(spans, pieces, strict=True):
                 rest[:, :, span] = piece[:, rows]
             target.add_(rest)
 
         _write(weight, add, keep, noise)
+
+
+def _summed(parts: Tensor) -> Tensor:
+    return parts.sum(0) if len(parts) > 1 else parts[0] if len(parts) else parts
 
 
 def _computing(like: Tensor) -> torch.dtype:
@@ -201,35 +232,39 @@ def _write(weight: Tensor, add: Callable[[Tensor, slice], object], keep: float, 
 # As operations that torch.compile keeps whole.
 
 
-@torch.library.custom_op("shoestring::low_rank_project", mutates_args=())
-def project_op(grad: Tensor, projection: Tensor) -> Tensor:
-    """`project`."""
-    return project(grad, projection)
+@torch.library.custom_op("shoestring::low_rank_first_pass", mutates_args=())
+def first_pass_op(grad: Tensor, projection: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    """`first_pass`, summed: R [B, l, r], squares [B, l] or empty."""
+    found = first_pass(grad, projection, squares=squares)
+    # what is returned must not be a view of what else is returned or given
+    return found.projected().clone(), _summed(found.squares).clone()
 
 
-@project_op.register_fake
-def _(grad: Tensor, projection: Tensor) -> Tensor:
-    shape = (grad.shape[0], max(grad.shape[1:]), projection.shape[2])
-    return grad.new_empty(shape, dtype=_computing(grad))
+@first_pass_op.register_fake
+def _(grad: Tensor, projection: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
+    matrices, long = grad.shape[0], max(grad.shape[1:])
+    projected = grad.new_empty((matrices, long, projection.shape[2]), dtype=_computing(grad))
+    return projected, projected.new_empty((matrices, long) if squares else 0)
 
 
 @torch.library.custom_op("shoestring::apollo_factors", mutates_args=("exp_avg", "exp_avg_sq", "norm"))
 def apollo_factors_op(
-    grad: Tensor, projection: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, beta1: float,
+    projected: Tensor, squares: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, beta1: float,
     beta2: float, eps: float, per_channel: bool, limit: float | None, before: float, first: bool, rate: float,
+    grad_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`apollo_factors`."""
+    """`apollo_factors` of what `first_pass_op` gives."""
+    found = FirstPass(projected.unsqueeze(0), squares.unsqueeze(0))
     return apollo_factors(
-        grad, projection, exp_avg, exp_avg_sq, norm, betas=(beta1, beta2), eps=eps, per_channel=per_channel,
-        limit=limit, before=before, first=first, rate=rate,
+        found, exp_avg, exp_avg_sq, norm, betas=(beta1, beta2), eps=eps, per_channel=per_channel,
+        limit=limit, before=before, first=first, rate=rate, grad_scale=grad_scale,
     )  # fmt: skip
 
 
 @apollo_factors_op.register_fake
-def _(grad: Tensor, projection: Tensor, exp_avg: Tensor, *rest: object) -> Tensor:
-    matrices, rows, cols = grad.shape
-    shape = (matrices, 1, cols) if rows < cols else (matrices, rows, 1)
-    return exp_avg.new_empty(shape if rest[5] else (matrices, 1, 1))
+def _(projected: Tensor, squares: Tensor, exp_avg: Tensor, *rest: object) -> Tensor:
+    matrices, long, _ = projected.shape
+    return exp_avg.new_empty((matrices, long if rest[5] else 1, 1))
 
 
 @torch.library.custom_op("shoestring::subspace_step", mutates_args=("exp_avg", "exp_avg_sq"))
@@ -268,11 +303,13 @@ def add_product_op(weight: Tensor, left: Tensor, right: Tensor, keep: float, noi
 def add_columns_op(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, first: int, keep: float, rate: float,
     free: float, rule: str, beta1: float, beta2: float, eps: float, step: int, noise: list[int] | None,
+    grad_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """`add_columns`."""
     add_columns(
         weight, grad, exp_avg, exp_avg_sq, first, keep=keep, rate=rate, free=free,
         rule=rule, betas=(beta1, beta2), eps=eps, step=step, noise=_pair(noise),  # type: ignore[arg-type]
+        grad_scale=grad_scale,
     )  # fmt: skip
 
 

@@ -44,36 +44,53 @@ def apollo_norms(
     return _norm(scaled, (-1,)), _norm(sketched, (-1,))
 
 
+def channel_squares(grad: Tensor) -> Tensor:
+    """|g_j|² of each channel of the larger side, [B, l], in the computing type."""
+    exact = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if grad.shape[-2] >= grad.shape[-1]:
+        return _norm(grad, (-1,), exact).square().squeeze(-1)
+    # Norms over columns walk against the grain of memory on a CPU: a few rows at a time stay in cache.
+    total = torch.zeros(grad.shape[0], grad.shape[2], dtype=exact, device=grad.device)
+    for part in _slices(grad.shape[1], 4 * grad.shape[0] * grad.shape[2], grad.device):
+        total += grad[:, part].to(exact).square().sum(dim=-2)
+    return total
+
+
 def channel_factors(
-    grad: Tensor, projection: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, beta1: float,
+    projected: Tensor, squares: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, norm: Tensor, beta1: float,
     beta2: float, eps: float, per_channel: bool, limit: float | None, before: float, first: bool, rate: float,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `low_rank.apollo_factors`, whose arguments it takes."""
-    m, n = grad.shape[-2:]
-    tall = grad if m >= n else grad.mT
-    sketched = sketch(tall, projection).to(exp_avg.dtype)
+    """As `low_rank.apollo_factors`, of R [B, l, r] and squares [B, l]."""
+    projected = projected.to(exp_avg.dtype)
+    if grad_scale is not None:
+        projected = projected * grad_scale
     pairs = [
-        apollo_norms(sketched[:, part], exp_avg[:, part], exp_avg_sq[:, part], betas=(beta1, beta2), eps=eps)
-        for part in _slices(max(m, n), grad.shape[0] * projection.shape[2], grad.device)
+        apollo_norms(projected[:, part], exp_avg[:, part], exp_avg_sq[:, part], betas=(beta1, beta2), eps=eps)
+        for part in _slices(projected.shape[1], projected.shape[0] * projected.shape[2], projected.device)
     ]
     scaled, raw = (torch.cat(norms, dim=1) for norms in zip(*pairs, strict=True))
     return factors_of(
-        grad, scaled, raw, norm, per_channel=per_channel, limit=limit, before=before, first=first, rate=rate
-    )
+        scaled, raw, squares, norm, per_channel=per_channel, limit=limit, before=before, first=first,
+        rate=rate, grad_scale=grad_scale,
+    )  # fmt: skip
 
 
 def factors_of(
-    grad: Tensor, scaled: Tensor, raw: Tensor, norm: Tensor, *,
-    per_channel: bool, limit: float | None, before: float, first: bool, rate: float,
+    scaled: Tensor, raw: Tensor, squares: Tensor, norm: Tensor, *, per_channel: bool, limit: float | None,
+    before: float, first: bool, rate: float, grad_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The factors from the norms of N and R of each channel, [B, l, 1]; the rest as in `channel_factors`."""
+    """The factors [B, l, 1] or [B, 1, 1] from the norms of N and R of each channel, [B, l, 1].
+
+    N and R are of the scaled gradient, squares [B, l] of the one that the factors are for.
+    """
     if not per_channel:
         scaled, raw = _norm(scaled, (-2,)), _norm(raw, (-2,))
     factors = scaled / (raw + 1e-8)
-    if grad.shape[-2] < grad.shape[-1]:
-        factors = factors.mT
+    if grad_scale is not None:
+        factors = factors * grad_scale
     if limit is not None:
-        now = scaled_norm(grad, factors).mul_(before)
+        now = (squares.unsqueeze(-1) * factors.square()).sum(dim=-2, keepdim=True).sqrt() * before
         if not first:
             shrink = limit / torch.clamp(now / (norm + 1e-8), min=limit)
             factors, now = factors * shrink, now * shrink
@@ -84,19 +101,6 @@ def factors_of(
 def add_rows(target: Tensor, grad: Tensor, factors: Tensor) -> None:
     """target ← target + factors grad. Cast before: with two types a CPU goes number by number."""
     target.addcmul_(grad.to(target.dtype), factors)
-
-
-def scaled_norm(grad: Tensor, factors: Tensor) -> Tensor:
-    """Norm of grad · factors for each matrix, [B, 1, 1], without holding the product."""
-    if factors.shape[-1] == 1:
-        return _norm(_norm(grad, (-1,), factors.dtype) * factors, (-2, -1))
-    if grad.device.type != "cpu":
-        columns = _norm(grad, (-2,), factors.dtype)
-        return _norm(columns * factors, (-2, -1))
-    # Norms over columns walk against the grain of memory on a CPU: a few rows at a time stay in cache.
-    rows = _slices(grad.shape[1], grad.shape[0] * grad.shape[2], grad.device)
-    parts = [_norm(grad[:, part].to(factors.dtype) * factors, (-2, -1)) for part in rows]
-    return _norm(torch.cat(parts, dim=1), (-2, -1))
 
 
 def _slices(length: int, width: int, device: torch.device) -> list[slice]:

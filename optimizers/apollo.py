@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.low_rank import add_scaled, apollo_factors, project
+from ..ops.low_rank import FirstPass, add_scaled, apollo_factors, first_pass
 from ..ops.low_rank import provider as low_rank_provider
 from ..ops.low_rank_torch import add_rows, apollo_norms, factors_of
 from .cost import Cost, state_traffic, weight_traffic
@@ -28,7 +28,7 @@ from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatt
 from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype
 from .sketch import SketchPool
-from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
+from .two_pass import TwoPassOptimizer, noise_for
 from .weights import Step
 
 
@@ -144,7 +144,7 @@ class APOLLO(TwoPassOptimizer):
 
         return add
 
-    def update_weights(
+    def write(
         self,
         weights: list[Tensor],
         grad: Tensor,
@@ -152,16 +152,26 @@ class APOLLO(TwoPassOptimizer):
         group: Group,
         step: int,
         indices: list[int],
-    ) -> tuple[Step | None, float]:
-        """`update`, or all of the step where the kernels write the weights."""
-        if not written_by_kernels(weights, grad, group):
-            return super().update_weights(weights, grad, states, group, step, indices)
-        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        keep: float,
+    ) -> None:
+        """See TwoPassOptimizer."""
         factors = self.factors(grad, states, group, step, indices)
         parts = (tensor.chunk(len(weights)) for tensor in (grad, factors))
         for weight, g, s, index in zip(weights, *parts, indices, strict=True):
             add_scaled(weight, g, s, keep=keep, noise=noise_for(weight, group, step, index))
-        return None, keep
+
+    def may_look(self, grad: Tensor, group: Group, step: int, index: int) -> bool:
+        """See TwoPassOptimizer: where squares are found for the limiter anyway, or cost nothing."""
+        return group["norm_growth_limit"] is not None or low_rank_provider(grad) == "triton"
+
+    def look(
+        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
+    ) -> FirstPass:
+        """See TwoPassOptimizer."""
+        shape = tuple(grad.shape)
+        projections = [self.projection(i, shape, group, step, grad) for i in indices]
+        projection = torch.stack(projections) if len(projections) > 1 else projections[0].unsqueeze(0)
+        return first_pass(grad, projection)
 
     def factors(
         self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
@@ -169,34 +179,34 @@ class APOLLO(TwoPassOptimizer):
         """What the gradients [B, m, n] are multiplied by, rate and sign included; the states move on."""
         shape = tuple(grad.shape)
         rank = resolve_rank(group["rank"], shape)
-        projections = [self.projection(i, shape, group, step, grad) for i in indices]
-        projection = torch.stack(projections) if len(projections) > 1 else projections[0].unsqueeze(0)
+        found = self.looked(indices) or self.look(grad, states, group, step, indices)
         norm = gather(states, "norm")
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         root = sqrt(group["scale"] if group["scale"] is not None else min(shape[-2:]) / rank)
         corrected = rate * sqrt(1 - beta2**step) / (1 - beta1**step)
         # The published order decays after the update; weights are written with decay before it.
         corrected *= 1 - rate * group["weight_decay"]
-        betas, eps = group["betas"], group["eps"]
+        betas, eps, clip = group["betas"], group["eps"], self.scale_on(grad)
         rest: dict[str, Any] = {
             "per_channel": self.per_channel,
             "limit": group["norm_growth_limit"],
             "before": root if group["scale_front"] else 1.0,
             "first": step == 1,
             "rate": -corrected * root,
+            "grad_scale": clip,
         }
-        if is_narrow(states[0]) and low_rank_provider(grad, projection) != "triton":
-            sketched = project(grad, projection)
+        if is_narrow(states[0]) and low_rank_provider(grad) != "triton":
+            sketched = found.projected() if clip is None else found.projected() * clip
             raw = sketched.norm(dim=-1, keepdim=True)
             moved = advance(states, sketched, betas=betas, eps=eps, step=step).norm(dim=-1, keepdim=True)
-            found = factors_of(grad, moved, raw, norm, **rest)
+            factors = factors_of(moved, raw, found.squares.sum(0), norm, **rest)
         else:
             moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
-            found = apollo_factors(grad, projection, *moments, norm, betas=betas, eps=eps, **rest)
+            factors = apollo_factors(found, *moments, norm, betas=betas, eps=eps, **rest)
             scatter(states, "exp_avg", moments[0], step)
             scatter(states, "exp_avg_sq", moments[1], step)
         scatter(states, "norm", norm, step)
-        return found
+        return factors if shape[-2] >= shape[-1] else factors.mT
 
 
 class APOLLOMini(APOLLO):

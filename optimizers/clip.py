@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.grad_pack import global_norm
+from .two_pass import TwoPassOptimizer
 
 
 @torch.no_grad()
@@ -43,12 +44,29 @@ def clip_for_step(
 ) -> Tensor:
     """`clip_by_global_norm`, where the next step of `optimizer` does the scaling if it can (`grad_scale`).
 
-    That spares a pass that reads and writes all gradients; they then stay as they are.
+    That spares a pass that reads and writes all gradients; they then stay as they are. Of an optimizer that
+    reads gradients twice the first time gives their norm too (`TwoPassOptimizer.first_pass`).
     """
-    if max_norm is None or not getattr(optimizer, "scales_gradients", False):
+    if not getattr(optimizer, "scales_gradients", False):
         return clip_by_global_norm(parameters, max_norm)
-    norm = clip_by_global_norm(parameters, None)
-    scales = norm.device.type != "cpu" or bool(norm > max_norm)
+    norm = _norm_for_step(optimizer, list(parameters))
     # None too: the step of a gradient that was not finite may have been skipped, and left its scale here
-    optimizer.grad_scale = torch.clamp(max_norm / norm, max=1.0) if scales else None  # type: ignore[attr-defined]
+    scale = None
+    if max_norm is not None and (norm.device.type != "cpu" or bool(norm > max_norm)):
+        scale = torch.clamp(max_norm / norm, max=1.0)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    return norm
+
+
+def _norm_for_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Tensor:
+    """The global norm, from the optimizer's first pass as far as it makes one."""
+    if not isinstance(optimizer, TwoPassOptimizer):
+        return clip_by_global_norm(parameters, None)
+    read, squares = optimizer.first_pass()
+    known = set(read)
+    if squares is None or not known <= set(parameters):
+        optimizer.forget_first_pass()
+        return clip_by_global_norm(parameters, None)
+    rest = clip_by_global_norm([p for p in parameters if p not in known], None).to(squares)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([squares.sqrt(), rest]))
     return norm

@@ -28,7 +28,7 @@ from .matrix import Group, gather, matrix_bytes, scatter
 from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, tall
-from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
+from .two_pass import TwoPassOptimizer, noise_for
 from .weights import Step
 
 _PROJECTIONS = ("columns", "randk", "random", "svd", "blocks")
@@ -59,9 +59,11 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
     return Cost(moved, 6.0 * n * rank)
 
 
-def state_free(rest: Tensor, rule: str) -> Tensor:
-    """Direction of the part without state."""
-    return rest.sign() if rule == "sign_sgd" else rest if rule == "sgd" else torch.zeros_like(rest)
+def state_free(rest: Tensor, rule: str, scale: Tensor | None = None) -> Tensor:
+    """Direction of the part without state; scale: what clipping multiplies the gradient by."""
+    if rule == "sgd":
+        return rest if scale is None else rest * scale
+    return rest.sign() if rule == "sign_sgd" else torch.zeros_like(rest)
 
 
 class FRUGAL(TwoPassOptimizer):
@@ -141,8 +143,11 @@ class FRUGAL(TwoPassOptimizer):
         each = len(grad) // len(states)
         rate = float(group["lr"])
         free, held = -rate * group["state_free_scale"], -rate
+        clip = self.scale_on(grad)
 
         def adam(active: Tensor, state: State) -> Tensor:
+            if clip is not None:
+                active = active * clip
             if is_narrow(state):
                 (beta1, beta2), eps = group["betas"], group["eps"]
                 root = (1 - beta2**count) ** -0.5
@@ -165,7 +170,11 @@ class FRUGAL(TwoPassOptimizer):
 
         return add
 
-    def update_weights(
+    def written_by_kernels(self, weights: list[Tensor], grad: Tensor, group: Group) -> bool:
+        """See TwoPassOptimizer."""
+        return group["projection"] == "columns" and super().written_by_kernels(weights, grad, group)
+
+    def write(
         self,
         weights: list[Tensor],
         grad: Tensor,
@@ -173,23 +182,22 @@ class FRUGAL(TwoPassOptimizer):
         group: Group,
         step: int,
         indices: list[int],
-    ) -> tuple[Step | None, float]:
-        """`update`, or all of the step where the kernels write the weights."""
-        if group["projection"] != "columns" or not written_by_kernels(weights, grad, group):
-            return super().update_weights(weights, grad, states, group, step, indices)
+        keep: float,
+    ) -> None:
+        """See TwoPassOptimizer."""
         rate = float(group["lr"])
         pairs, period, count = self._begin(grad, states, group, step, indices)
         for weight, (part, state, index) in zip(weights, pairs, strict=True):
             moments = gather([state], "exp_avg"), gather([state], "exp_avg_sq")
             spans = columns_of(part.shape[2], moments[0].shape[2], _seed(group["seed"], period, index))
             add_columns(
-                weight, part, *moments, spans[-1].start, keep=1 - rate * group["weight_decay"], rate=rate,
+                weight, part, *moments, spans[-1].start, keep=keep, rate=rate,
                 free=rate * group["state_free_scale"], rule=group["state_free"], betas=group["betas"],
                 eps=group["eps"], step=count, noise=noise_for(weight, group, step, index),
+                grad_scale=self.scale_on(grad),
             )  # fmt: skip
             scatter([state], "exp_avg", moments[0], step)
             scatter([state], "exp_avg_sq", moments[1], step)
-        return None, 1.0
 
     def _begin(
         self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
@@ -209,11 +217,11 @@ class FRUGAL(TwoPassOptimizer):
     ) -> Step:  # fmt: skip
         """The step of one matrix [E, m, n]."""
         rule, projection = group["state_free"], group["projection"]
-        exact = computing_dtype(grad.dtype)
+        exact, clip = computing_dtype(grad.dtype), self.scale_on(grad)
         shape = active_shape(tuple(grad.shape), group["density"], projection)
         none = 0 in shape or (projection == "blocks" and "exp_avg" not in state)
         if none:
-            return lambda target, rows: _add(target, state_free(grad[:, rows], rule), free)
+            return lambda target, rows: _add(target, state_free(grad[:, rows], rule, clip), free)
 
         if projection == "blocks":
             whole = adam(grad.to(exact), state)
@@ -226,7 +234,7 @@ class FRUGAL(TwoPassOptimizer):
             pieces = torch.split(adam(active, state), widths, dim=2)
 
             def by_columns(target: Tensor, rows: slice) -> None:
-                rest = state_free(grad[:, rows].to(target.dtype), rule)
+                rest = state_free(grad[:, rows].to(target.dtype), rule, clip)
                 rest = rest.mul_(free) if rule == "sign_sgd" else rest * free
                 for span, piece in zip(spans, pieces, strict=True):
                     rest[:, :, span] = piece[:, rows]
@@ -237,7 +245,7 @@ class FRUGAL(TwoPassOptimizer):
         if projection == "randk":
             entries = state["entries"].long()
             direction = adam(grad.flatten(1).gather(1, entries).to(exact), state)
-            whole = state_free(grad.to(exact), rule) * free
+            whole = state_free(grad.to(exact), rule, clip) * free
             whole.flatten(1).scatter_(1, entries, direction)
             return lambda target, rows: _add(target, whole[:, rows], 1.0)
 
@@ -249,7 +257,7 @@ class FRUGAL(TwoPassOptimizer):
         # One product back for both: the step and the part of the gradient that has state.
         back = multiply(torch.cat([direction.to(product), inside], dim=-2), basis.mT).to(exact)
         long = upright.shape[1]
-        rest = state_free(upright.to(exact) - back[:, long:], rule)
+        rest = state_free(upright.to(exact) - back[:, long:], rule, clip)
         whole = back[:, :long].add_(rest, alpha=free)
         if grad.shape[-2] < grad.shape[-1]:
             whole = whole.mT

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.low_rank import add_product, project, subspace_step
+from ..ops.low_rank import FirstPass, add_product, first_pass, project, subspace_step
+from ..ops.low_rank import provider as low_rank_provider
 from ..ops.low_rank_torch import moved_step
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
 from .moments import State, advance, computing_dtype, is_narrow, new_moment
 from .products import fast_dtype, multiply
 from .subspace import leading_basis, random_basis, turn
-from .two_pass import TwoPassOptimizer, noise_for, written_by_kernels
+from .two_pass import TwoPassOptimizer, noise_for
 from .weights import Step
 
 
@@ -132,7 +133,7 @@ class GaLore(TwoPassOptimizer):
         coordinates, basis = self.coordinates(grad, states, group, step, indices)
         return back_projection(coordinates, basis, wide=grad.shape[-2] < grad.shape[-1])
 
-    def update_weights(
+    def write(
         self,
         weights: list[Tensor],
         grad: Tensor,
@@ -140,38 +141,52 @@ class GaLore(TwoPassOptimizer):
         group: Group,
         step: int,
         indices: list[int],
-    ) -> tuple[Step | None, float]:
-        """`update`, or all of the step where the kernels write the weights."""
-        if not written_by_kernels(weights, grad, group):
-            return super().update_weights(weights, grad, states, group, step, indices)
-        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        keep: float,
+    ) -> None:
+        """See TwoPassOptimizer."""
         sides = self.coordinates(grad, states, group, step, indices)
         left, right = sides[::-1] if grad.shape[-2] < grad.shape[-1] else sides
         parts = (side.chunk(len(weights)) for side in (left, right))
         for weight, a, b, index in zip(weights, *parts, indices, strict=True):
             add_product(weight, a, b, keep=keep, noise=noise_for(weight, group, step, index))
-        return None, keep
+
+    def may_look(self, grad: Tensor, group: Group, step: int, index: int) -> bool:
+        """See TwoPassOptimizer: where the kernel finds squares as it projects.
+
+        Not where the basis is to follow this gradient first, if it is finite.
+        """
+        return low_rank_provider(grad) == "triton" and self._turn(group, step, index)[0] != 0
+
+    def look(
+        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
+    ) -> FirstPass:
+        """See TwoPassOptimizer."""
+        return first_pass(grad, self._basis(states, grad))
 
     def coordinates(
         self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
     ) -> tuple[Tensor, Tensor]:
         """The step in the subspace [B, l, r], rate and sign included, and the basis; the states move on."""
-        product = self.product_dtype or fast_dtype(grad)
-        each = len(grad) // len(states)
-        for i, (state, index) in enumerate(zip(states, indices, strict=True)):
-            self._refresh(grad[i * each : (i + 1) * each], state, group, step, index)
-        basis = torch.cat([s["basis"] for s in states]).to(product)
-        projected = self.precondition(project(grad, basis), states, group, step)
+        found = self.looked(indices)
+        if found is None:
+            each = len(grad) // len(states)
+            for i, (state, index) in enumerate(zip(states, indices, strict=True)):
+                self._refresh(grad[i * each : (i + 1) * each], state, group, step, index)
+        basis = self._basis(states, grad)
+        projected = project(grad, basis) if found is None else found.projected()
+        clip = self.scale_on(grad)
+        projected = projected if clip is None else projected * clip
+        projected = self.precondition(projected, states, group, step)
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         factor = -rate * group["scale"] * sqrt(1 - beta2**step) / (1 - beta1**step)
         # The published order decays after the update; weights are written with decay before it.
         factor *= 1 - rate * group["weight_decay"]
         if is_narrow(states[0]):
-            found = advance(states, projected, betas=group["betas"], eps=group["eps"], step=step)
-            return found.mul_(factor).to(product), basis
+            moved = advance(states, projected, betas=group["betas"], eps=group["eps"], step=step)
+            return moved.mul_(factor).to(basis.dtype), basis
         moments = gather(states, "exp_avg"), gather(states, "exp_avg_sq")
         step_in_it = subspace_step(
-            projected, *moments, betas=group["betas"], eps=group["eps"], factor=factor, dtype=product
+            projected, *moments, betas=group["betas"], eps=group["eps"], factor=factor, dtype=basis.dtype
         )
         scatter(states, "exp_avg", moments[0], step)
         scatter(states, "exp_avg_sq", moments[1], step)
@@ -184,9 +199,17 @@ class GaLore(TwoPassOptimizer):
     def forget(self, state: State) -> None:
         """What else in the state belongs to the old basis."""
 
-    def _refresh(self, grad: Tensor, state: State, group: Group, step: int, index: int) -> None:
+    def _basis(self, states: list[State], grad: Tensor) -> Tensor:
+        """[B, k, r] in the type of the products."""
+        return torch.cat([s["basis"] for s in states]).to(self.product_dtype or fast_dtype(grad))
+
+    def _turn(self, group: Group, step: int, index: int) -> tuple[int, int]:
+        """Steps since the basis of tensor `index` followed a gradient, and how often it has."""
         places = sum(len(g["params"]) for g in self.param_groups) if group["stagger"] else 1
-        since, number = turn(step, group["update_proj_gap"], index if group["stagger"] else 0, places)
+        return turn(step, group["update_proj_gap"], index if group["stagger"] else 0, places)
+
+    def _refresh(self, grad: Tensor, state: State, group: Group, step: int, index: int) -> None:
+        since, number = self._turn(group, step, index)
         if since:
             return
         exact = computing_dtype(grad.dtype)

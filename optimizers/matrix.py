@@ -211,12 +211,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # --- the machinery
 
     def _advance(self, group: Group, params: list[Tensor]) -> None:
-        for p in params:
-            assert p.grad is not None
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse")
-            if not self.state[p]:
-                self.state[p] = self.fresh_state(p, group)
+        self._prepare(group, params)
         if group["kind"] == "adamw":
             grads = [p.grad for p in params if p.grad is not None]
             starts = [noise_start(self._place(p)[0]) for p in params]
@@ -226,16 +221,33 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 noise_step=self._noise_step(group), grad_scale=self.grad_scale,
             )  # fmt: skip
             return
-        for batch in _batches(params, [int(self.state[p]["step"]) for p in params]):
+        for batch in self._split(params):
             self._advance_batch(group, batch)
+
+    def _prepare(self, group: Group, params: list[Tensor]) -> None:
+        """State for tensors that have none yet. RuntimeError: a gradient is sparse."""
+        for p in params:
+            assert p.grad is not None
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse")
+            if not self.state[p]:
+                self.state[p] = self.fresh_state(p, group)
+
+    def _split(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """The matrices that go through an update together."""
+        return _batches(params, [int(self.state[p]["step"]) for p in params])
+
+    def _stacked(self, params: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """The gradients of matrices as one stack, and the place of each among all."""
+        grads = [_stack(p.grad) for p in params if p.grad is not None]
+        grad = grads[0] if len(grads) == 1 else torch.cat(grads)
+        return grad, [self._place(p)[0] for p in params]
 
     def _advance_batch(self, group: Group, params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
         for state in states:
             state["step"] += 1
-        grads = [_stack(p.grad) for p in params if p.grad is not None]
-        indices = [self._place(p)[0] for p in params]
-        grad = grads[0] if len(grads) == 1 else torch.cat(grads)
+        grad, indices = self._stacked(params)
         weights = [_stack(p) for p in params]
         step, keep = self.update_weights(weights, grad, states, group, int(states[0]["step"]), indices)
         if step is None:

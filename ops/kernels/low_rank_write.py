@@ -22,9 +22,9 @@ ELEMENTS = 4096  # of a tile; half of it where moments are kept in registers too
 
 @triton.jit
 def moments_kernel(
-    parts, exp_avg, exp_avg_sq, scaled, raw, direction, count, size, rows, rank,
+    parts, exp_avg, exp_avg_sq, scaled, raw, direction, grad_scale, count, size, rows, rank,
     rest1, beta2, rest2, eps, factor,
-    NORMS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    NORMS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Moments [rows, rank] of the sum of parts [count, rows, rank]; squared norms, or direction factor N."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -40,6 +40,8 @@ def moments_kernel(
         for _ in range(1, count):
             at += size
             r += tl.load(at, mask=there, other=0.0)
+        if SCALED:
+            r *= tl.load(grad_scale).to(tl.float32)
         m = tl.load(exp_avg + place, mask=there, other=0.0)
         v = tl.load(exp_avg_sq + place, mask=there, other=0.0)
         m += rest1 * (r - m)
@@ -60,12 +62,15 @@ def moments_kernel(
 
 @triton.jit
 def factors_kernel(
-    scaled, raw, squares, norm, factors, count, matrices, long, limit, before, rate,
-    CHANNEL: tl.constexpr, LIMIT: tl.constexpr, FIRST: tl.constexpr, LONG: tl.constexpr,
+    scaled, raw, squares, norm, factors, grad_scale, count, matrices, long, limit, before, rate,
+    CHANNEL: tl.constexpr, SCALED: tl.constexpr, LIMIT: tl.constexpr, FIRST: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """factors [B, long] or [B] of squared norms [B, long] and squares [count, B, long]; norm [B] moves on."""
     matrix = tl.program_id(0).to(tl.int64)
     rate, before, limit = tl.cast(rate, tl.float32), tl.cast(before, tl.float32), tl.cast(limit, tl.float32)
+    if SCALED:
+        clip = tl.load(grad_scale).to(tl.float32)
+        rate, before = rate * clip, before * clip
     place = tl.arange(0, LONG)
     top, bottom = tl.zeros((LONG,), dtype=tl.float32), tl.zeros((LONG,), dtype=tl.float32)
     moved = tl.zeros((LONG,), dtype=tl.float32)
@@ -135,9 +140,9 @@ def add_scaled_kernel(
 @triton.jit(do_not_specialize=["key", "start", "first", "count"])
 def columns_kernel(
     weight, grad, exp_avg, exp_avg_sq, rows, cols, first, count, weight_matrix, weight_row, weight_col,
-    grad_matrix, grad_row, grad_col, keep, rate, free, rest1, beta2, rest2, eps, correct1, correct2,
-    key, start,
-    RULE: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    grad_matrix, grad_row, grad_col, grad_scale, keep, rate, free, rest1, beta2, rest2, eps, correct1,
+    correct2, key, start,
+    RULE: tl.constexpr, SCALED: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Adam on `count` columns from `first` on, round the end; others: RULE 0 nothing, 1 sign, 2 itself."""
     matrix = tl.program_id(2).to(tl.int64)
@@ -150,6 +155,8 @@ def columns_kernel(
     active = there & ((col < over) | ((col >= first) & (col < first + count)))
     g_at = grad + matrix * grad_matrix + row * grad_row + col * grad_col
     g = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
+    if SCALED:
+        g *= tl.load(grad_scale).to(tl.float32)
     moment = (matrix * rows + row) * count + number
     m = tl.load(exp_avg + moment, mask=active, other=0.0)
     v = tl.load(exp_avg_sq + moment, mask=active, other=0.0)
@@ -175,7 +182,7 @@ def columns_kernel(
 
 def moments(
     parts: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float,
-    direction: Tensor | None = None, factor: float = 1.0,
+    grad_scale: Tensor | None, direction: Tensor | None = None, factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Squared norms [B l] of N and R, of parts [P, B, l, r]; or `direction` [B, l, r] becomes factor N."""
     count, rank = parts.shape[0], parts.shape[-1]
@@ -186,22 +193,26 @@ def moments(
     tile = {"ROWS": max(1, ELEMENTS // 2 // width), "RANK": width}
     moments_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         parts, exp_avg, exp_avg_sq, scaled, raw, parts if direction is None else direction,
-        count, rows * rank, rows, rank, 1 - betas[0], betas[1], 1 - betas[1], eps, factor,
-        NORMS=direction is None, **tile, num_warps=8,
+        parts if grad_scale is None else grad_scale, count, rows * rank, rows, rank,
+        1 - betas[0], betas[1], 1 - betas[1], eps, factor,
+        NORMS=direction is None, SCALED=grad_scale is not None, **tile, num_warps=8,
     )  # fmt: skip
     return scaled, raw
 
 
 def factors(
     scaled: Tensor, raw: Tensor, squares: Tensor, norm: Tensor, *, per_channel: bool, limit: float | None,
-    before: float, first: bool, rate: float,
+    before: float, first: bool, rate: float, grad_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, l], or [B, 1]; squares [P, B, l]; norm [B, 1, 1], contiguous, is changed in place."""
-    count, matrices, long = squares.shape
+    matrices, long = len(norm), len(raw) // max(1, len(norm))
+    count = len(squares) if limit is not None else 0  # what nothing limits has no use for them
     found = torch.empty(matrices, long if per_channel else 1, device=scaled.device)
     factors_kernel[(matrices,)](
-        scaled, raw, squares, norm, found, count, matrices, long, limit or 0.0, before, rate,
-        CHANNEL=per_channel, LIMIT=limit is not None, FIRST=first, LONG=4096, num_warps=8,
+        scaled, raw, squares, norm, found, found if grad_scale is None else grad_scale,
+        count, matrices, long, limit or 0.0, before, rate,
+        CHANNEL=per_channel, SCALED=grad_scale is not None, LIMIT=limit is not None, FIRST=first,
+        LONG=4096, num_warps=8,
     )  # fmt: skip
     return found
 
@@ -223,7 +234,7 @@ def add_scaled(
 def columns(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, first: int, *, keep: float,
     rate: float, free: float, rule: int, betas: tuple[float, float], eps: float, step: int,
-    noise: tuple[int, int] | None,
+    noise: tuple[int, int] | None, grad_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `low_rank.add_columns`, whose arguments it takes."""
     matrices, rows, cols = weight.shape
@@ -232,9 +243,9 @@ def columns(
     grid = (triton.cdiv(cols, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]), matrices)
     columns_kernel[grid](
         weight, grad, exp_avg, exp_avg_sq, rows, cols, first, exp_avg.shape[2],
-        *weight.stride(), *grad.stride(), keep, rate, free, 1 - betas[0], betas[1], 1 - betas[1], eps,
-        correct1, correct2, key, start,
-        RULE=rule, NOISE=noise is not None, **tile, num_warps=8,
+        *weight.stride(), *grad.stride(), grad if grad_scale is None else grad_scale, keep, rate, free,
+        1 - betas[0], betas[1], 1 - betas[1], eps, correct1, correct2, key, start,
+        RULE=rule, SCALED=grad_scale is not None, NOISE=noise is not None, **tile, num_warps=8,
     )  # fmt: skip
 
 
@@ -264,7 +275,8 @@ def _cases() -> list[Case]:
     )
     strides = dict.fromkeys(("weight_matrix", "weight_row", "grad_matrix", "grad_row"), "i64")
     state = dict.fromkeys(
-        ("parts", "exp_avg", "exp_avg_sq", "scaled", "raw", "squares", "norm", "factors"), "*fp32"
+        ("parts", "exp_avg", "exp_avg_sq", "scaled", "raw", "squares", "norm", "factors", "grad_scale"),
+        "*fp32",
     )
     one = {"weight_col": 1, "grad_col": 1}
     aligned = ("size", "rows", "cols", "rank", "long", *strides)
@@ -273,11 +285,11 @@ def _cases() -> list[Case]:
         signature = {**floats, **sizes, **strides, **state, **own}
         return Case(name, kernel, signature, constexprs, 8, aligned=aligned)
 
-    moment = {"ROWS": 8, "RANK": 256}
+    moment, factor = {"SCALED": True, "ROWS": 8, "RANK": 256}, {"SCALED": True, "LONG": 4096}
     found = [
         case("moments norms", moments_kernel, {"NORMS": True, **moment}, direction="*fp32"),
         case("moments direction", moments_kernel, {"NORMS": False, **moment}, direction="*bf16"),
-        case("factors", factors_kernel, {"CHANNEL": True, "LIMIT": True, "FIRST": False, "LONG": 4096}),
+        case("factors", factors_kernel, {"CHANNEL": True, "LIMIT": True, "FIRST": False, **factor}),
     ]
     for kind in ("bf16", "fp32"):
         own, tile = (
@@ -287,7 +299,7 @@ def _cases() -> list[Case]:
         found += [
             case(f"add_scaled {by} {kind}", add_scaled_kernel, {"BY": by, **tile}, **own) for by in (0, 1, 2)
         ]
-        few = {"RULE": 1, **tile, **_tile(4096, ELEMENTS // 2)}
+        few = {"RULE": 1, "SCALED": True, **tile, **_tile(4096, ELEMENTS // 2)}
         found.append(case(f"columns {kind}", columns_kernel, few, **own))
     return found
 

@@ -47,9 +47,10 @@ def tall(matrix: Tensor) -> Tensor:
 def scale_of(
     grad: Tensor, projection: Tensor, m: Tensor, v: Tensor, norm: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """(factors, moments, norm) of `apollo_factors` in float64."""
+    """(factors, moments, norm) of `apollo_factors` in float64, of a gradient scaled before all else."""
     grad, projection, m, v, norm = (t.double() for t in (grad, projection, m, v, norm))
-    (b1, b2), limit = options["betas"], options["limit"]
+    (b1, b2), limit, clip = options["betas"], options["limit"], float(options.get("grad_scale", 1.0))
+    grad = clip * grad
     r = tall(grad) @ projection
     m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r * r
     n = m / (v.sqrt() + options["eps"])
@@ -60,7 +61,14 @@ def scale_of(
     shrink = torch.ones_like(now)
     if limit is not None and not options["first"]:
         shrink = torch.where(now > limit * norm, limit * norm / now, 1.0)
-    return s * shrink * options["rate"], m, v, norm if limit is None else now * shrink
+    return clip * s * shrink * options["rate"], m, v, norm if limit is None else now * shrink
+
+
+def factors_of(grad: Tensor, projection: Tensor, *state: Tensor, **given: Any) -> Tensor:
+    """Both halves of APOLLO's first pass, as [B, m or 1, n or 1]."""
+    squares = given["limit"] is not None
+    found = low_rank.apollo_factors(low_rank.first_pass(grad, projection, squares=squares), *state, **given)
+    return found if grad.shape[1] >= grad.shape[2] else found.mT
 
 
 def options(**changed: Any) -> dict[str, Any]:
@@ -89,6 +97,20 @@ def test_project_is_the_product_with_the_upright_gradient(provider, dtype, devic
 
 
 @PROVIDERS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_pass_finds_the_squares_of_each_channel(provider, dtype, device):
+    for shape in (*SHAPES, (1, 600, 20), (1, 20, 600)):  # the last two are shared out over programs
+        grad = normal(*shape, dtype=dtype, device=device)
+        for g in layouts(grad) if shape == (1, 130, 70) else [grad]:
+            found = low_rank.first_pass(g, normal(1, min(shape[1:]), 1, dtype=dtype, device=device))
+            assert found.squares.dtype == torch.float32
+            assert distance(found.squares.sum(0), tall(grad).double().square().sum(2)) < 1e-6
+            whole = found.summed()
+            assert torch.equal(whole.projected(), found.projected())
+            assert distance(whole.squares, tall(grad).double().square().sum(2).unsqueeze(0)) < 1e-6
+
+
+@PROVIDERS
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_factors_are_those_of_the_formula_and_the_state_moves(provider, per_channel, device):
     grads = [normal(*shape, device=device) for shape in SHAPES]
@@ -102,13 +124,14 @@ def test_factors_are_those_of_the_formula_and_the_state_moves(provider, per_chan
         rank = min(short, 6 if per_channel else 1)
         shared = i % 2  # one projection for all matrices of a stack
         projection = normal(1 if shared else len(grad), short, rank, device=device)
-        for changed in ({"first": True}, {"limit": None}, {}) if i in (1, 2) else ({},):
+        clipped = {"grad_scale": torch.tensor(0.3, device=device)}
+        for changed in ({"first": True}, {"limit": None}, clipped) if i in (1, 2) else ({},):
             m = 0.1 * normal(len(grad), long, rank, seed=1, device=device)
             v = normal(len(grad), long, rank, seed=2, device=device).square()
             norm = torch.full((len(grad), 1, 1), 1e-2 if i % 3 else 1e4, device=device)
             given = options(per_channel=per_channel, **changed)
             exact = scale_of(grad, projection, m, v, norm, given)
-            found = low_rank.apollo_factors(grad, projection, m, v, norm, **given)
+            found = factors_of(grad, projection, m, v, norm, **given)
             channels = (short > 0 and per_channel) * long or 1
             assert found.shape in ((len(grad), channels, 1), (len(grad), 1, channels))
             assert (grad * found).shape == grad.shape
@@ -127,7 +150,7 @@ def test_factors_of_a_gradient_in_bfloat16(provider, device):
         norm = torch.ones(shape[0], 1, 1, device=device)
         given = options(per_channel=rank > 1)
         exact = scale_of(grad, projection, m, v, norm, given)
-        found = low_rank.apollo_factors(grad, projection, m, v, norm, **given)
+        found = factors_of(grad, projection, m, v, norm, **given)
         for ours, wanted in zip((found, m, v, norm), exact, strict=True):
             assert distance(ours, wanted) < (8e-3 if provider == "torch" else 1e-5)
 
@@ -224,6 +247,9 @@ def test_add_product_writes_what_the_formula_says(provider, dtype, device):
 )
 def test_add_columns_is_adam_on_a_run_of_columns(provider, rule, dtype, device):
     given = {"keep": 0.9, "rate": 0.02, "free": 0.005, "rule": rule, "betas": BETAS, "eps": 1e-8, "step": 4}
+    clip = 0.25 if rule != "sign_sgd" or dtype == torch.bfloat16 else 1.0
+    if clip != 1.0:
+        given["grad_scale"] = torch.tensor(clip, device=device)
     for shape, first, count in (
         ((1, 1, 1), 0, 1), ((2, 5, 17), 3, 4), ((1, 17, 5), 4, 3), ((1, 130, 70), 60, 70),
         ((1, 33, 300), 7, 0), ((1, 20, 70), 69, 5),
@@ -236,10 +262,10 @@ def test_add_columns_is_adam_on_a_run_of_columns(provider, rule, dtype, device):
             for weight, g in zip(places_of(shape, dtype, device, guard), layouts(grad), strict=False):
                 m = guard.like(normal(shape[0], shape[1], count, seed=1, device=device))
                 v = guard.like(normal(shape[0], shape[1], count, seed=2, device=device).square())
-                part = g.double()[:, :, order]
+                part = clip * g.double()[:, :, order]
                 exact_m, exact_v = 0.9 * m.double() + 0.1 * part, 0.999 * v.double() + 0.001 * part**2
                 step = exact_m / (1 - 0.9**4) / ((exact_v / (1 - 0.999**4)).sqrt() + 1e-8)
-                rest = {"sign_sgd": g.double().sign(), "sgd": g.double(), "none": 0 * g.double()}[rule]
+                rest = {"sign_sgd": g.double().sign(), "sgd": clip * g.double(), "none": 0 * g.double()}[rule]
                 exact = 0.9 * weight.double() - 0.005 * rest
                 exact[:, :, order] = 0.9 * weight.double()[:, :, order] - 0.02 * step
                 low_rank.add_columns(weight, g, m, v, first, **given, noise=noise)
@@ -256,7 +282,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_seen(provider, device):
         grad[0, 3, 7] = bad
         m, v = torch.zeros(2, 1, 40, 4, device=device)
         norm = torch.ones(1, 1, 1, device=device)
-        found = low_rank.apollo_factors(grad, projection, m, v, norm, **options(per_channel=per_channel))
+        found = factors_of(grad, projection, m, v, norm, **options(per_channel=per_channel))
         weight = torch.ones(1, 40, 30, dtype=torch.bfloat16, device=device)
         low_rank.add_scaled(weight, grad, found, keep=1.0, noise=NOISES[1])
         assert bool((weight == 1).all()) == (bad == 0)
@@ -291,7 +317,7 @@ def test_the_order_of_programs_does_not_matter(device, monkeypatch):
         grad, projection = normal(1, 265, 260), normal(1, 260, 20)  # shared out over two programs
         m, v, m2, v2 = torch.zeros(4, 1, 265, 20)
         norm, weight = torch.ones(1, 1, 1), normal(1, 140, 150, dtype=torch.bfloat16)
-        found = low_rank.apollo_factors(grad, projection, m, v, norm, **options())
+        found = factors_of(grad, projection, m, v, norm, **options())
         low_rank.add_scaled(weight, grad[:, :140, :150], found[:, :140], keep=0.9, noise=NOISES[1])
         r = low_rank.project(grad, projection)
         step = low_rank.subspace_step(r, m2, v2, betas=BETAS, eps=EPS, factor=1.0, dtype=torch.float32)
@@ -310,26 +336,30 @@ def test_they_are_operations_that_a_compiler_can_keep(device):
     norm, weight = torch.ones(1, 1, 1, device=device), normal(1, 12, 20, seed=1, device=device)
     m2, v2 = torch.zeros(2, 1, 12, 4, device=device)
     for op, given in (
-        (low_rank.project_op, (grad, projection)),
+        (low_rank.first_pass_op, (grad, projection, True)),
+        (low_rank.first_pass_op, (grad, projection, False)),
         (
             low_rank.apollo_factors_op,
-            (grad, projection, m, v, norm, *BETAS, EPS, True, 1.01, 1.0, False, 1.0),
+            (m + 1, m[:, :, 0] + 1, m, v, norm, *BETAS, EPS, True, 1.01, 1.0, False, 1.0, None),
         ),
         (
             low_rank.apollo_factors_op,
-            (grad, projection, m, v, norm, *BETAS, EPS, False, None, 1.0, True, 1.0),
+            (m + 1, m[:, 0, :0], m, v, norm, *BETAS, EPS, False, None, 1.0, True, 1.0, norm[0, 0, 0]),
         ),
         (low_rank.subspace_step_op, (m + 1, m, v, *BETAS, EPS, 1.0, torch.bfloat16)),
         (low_rank.add_scaled_op, (weight, grad, norm, 0.9, None)),
         (low_rank.add_product_op, (weight.bfloat16(), projection, m + 1, 0.9, [3, 5])),
-        (low_rank.add_columns_op, (weight, grad, m2, v2, 3, 1.0, 0.1, 0.1, "sgd", *BETAS, EPS, 2, None)),
+        (
+            low_rank.add_columns_op,
+            (weight, grad, m2, v2, 3, 1.0, 0.1, 0.1, "sgd", *BETAS, EPS, 2, None, None),
+        ),
     ):
         torch.library.opcheck(op, given)
 
     def step(
         weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, norm: Tensor, m2: Tensor, v2: Tensor
     ) -> Tensor:
-        found = low_rank.apollo_factors(grad, projection, m, v, norm, **options())
+        found = factors_of(grad, projection, m, v, norm, **options())
         low_rank.add_scaled(weight, grad, found, keep=0.9, noise=None)
         r = low_rank.project(grad, projection)
         inside = low_rank.subspace_step(r, m, v, betas=BETAS, eps=EPS, factor=0.1, dtype=torch.float32)

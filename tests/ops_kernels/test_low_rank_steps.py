@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 from shoestring.ops import providers
-from shoestring.optimizers import APOLLO, FRUGAL, APOLLOMini, GaLore, NaturalGaLore, matrix, two_pass
+from shoestring.optimizers import (
+    APOLLO,
+    FRUGAL,
+    APOLLOMini,
+    GaLore,
+    NaturalGaLore,
+    clip_by_global_norm,
+    clip_for_step,
+    matrix,
+    products,
+    two_pass,
+)
 from torch import Tensor, nn
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -27,7 +38,7 @@ def refuse(*_: object, **__: object) -> None:
 
 def stepped(
     provider: str, kind: str, shapes: list[tuple[int, ...]], monkeypatch: Any, device: str, *,
-    dtype: torch.dtype = torch.float32, alone: bool = True, **options: Any,
+    dtype: torch.dtype = torch.float32, alone: bool = True, clipping: Any = None, **options: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The weights after three steps of one optimizer."""
     generator = torch.Generator().manual_seed(5)
@@ -42,6 +53,8 @@ def stepped(
         for _ in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+            if clipping is not None:
+                clipping(optimizer, params, 20.0)
             optimizer.step()
             assert providers.used["low_rank"] == provider
     assert all(bool((p != s.to(device, dtype)).any()) for p, s in zip(params, starts, strict=True))
@@ -86,6 +99,25 @@ def test_products_in_bfloat16_stay_near(kind, device, monkeypatch):
     }
     found = [stepped(p, kind, SHAPES[:1], monkeypatch, device, **narrow[kind]) for p in ("triton", "torch")]
     assert moved_apart(*found) < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_is_done_by_the_kernels(kind, device, monkeypatch):
+    """The gradients' norms are about 60; ranks are thin enough for the early first pass, or are not."""
+    monkeypatch.setattr(products, "_cpu_has_bfloat16", lambda: False)  # which rounds what is scaled otherwise
+    shapes, thin = [(64, 72), (72, 64)], {} if kind in ("apollo_mini", "frugal") else {"rank": 1}
+    for options in ({}, thin) if thin else ({},):
+
+        def before(_: Any, params: list[Tensor], limit: float) -> None:
+            clip_by_global_norm(params, limit)
+
+        ways = {"triton": clip_for_step, "torch": clip_for_step, "torch, before": before}
+        found = [
+            stepped(way.split(",")[0], kind, shapes, monkeypatch, device, clipping=clipping, **options)
+            for way, clipping in ways.items()
+        ]
+        assert moved_apart(found[0], found[2]) < 5e-5
+        assert moved_apart(found[1], found[2]) < 5e-5
 
 
 @pytest.mark.parametrize("kind", ["apollo", "apollo_mini", "galore", "frugal"])

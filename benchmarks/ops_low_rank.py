@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import count
 from math import sqrt
 from typing import Any
 
 import torch
 from ops_timing import H200_COPY, H200_MATMUL, Row, median_seconds
-from shoestring.optimizers import APOLLO, FRUGAL, APOLLOMini, GaLore
+from shoestring.optimizers import APOLLO, FRUGAL, APOLLOMini, GaLore, clip_by_global_norm, clip_for_step
 from torch import nn
 
 # Larger and smaller side, and the matrices of a shape in Llama-3-8B.
@@ -82,7 +83,35 @@ def _of_shape(
         label = f"{name}, {shape[0]} x {shape[1]}, {str(dtype)[6:]}"
         moved, flops = _cost(name, shape, rank, dtype.itemsize)
         found.append(Row(label, seconds, moved, flops, note=f"rank {rank}" if rank else "by columns"))
+        if compiles:
+            found.append(_clipped(kind, f"{label}, clipped", shape, dtype, device, moved, flops, options))
     return found
+
+
+def _clipped(
+    kind: Any, label: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, moved: float,
+    flops: float, options: dict[str, Any],
+) -> Row:  # fmt: skip
+    """Norm, clipping and step, in the step or apart from it; the floor is the step's alone."""
+
+    def clipping(clip: Callable[..., object]) -> Run:
+        p = _parameter(shape, dtype, device)
+        optimizer = kind([p], lr=1e-4, update_proj_gap=GAP, **options)
+
+        limits = (0.99**i * p.numel() ** 0.5 for i in count())  # less each time, or scaling once is enough
+
+        def run() -> None:
+            clip(optimizer, [p], next(limits))
+            optimizer.step()
+
+        return run
+
+    contenders = {
+        "ours": clipping(clip_for_step),
+        "apart": clipping(lambda _, parameters, limit: clip_by_global_norm(parameters, limit)),
+    }
+    seconds = median_seconds(contenders, device, rounds=9)
+    return Row(label, seconds, moved, flops, note="with the global norm")
 
 
 def _parameter(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optimizers.two_pass import TwoPassOptimizer
 from .holder import Holder
 from .lift import Lift
 from .segments import Field, Piece, Segment
@@ -64,6 +65,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def grad_scale(self, scale: Tensor | None) -> None:
         self.inner.grad_scale = scale  # type: ignore[attr-defined]  # where `scales_gradients` says so
 
+    def first_pass(self) -> tuple[list[Tensor], Tensor | None]:
+        """As `TwoPassOptimizer`'s, whose norm has then the same bits; nothing for other kinds."""
+        return self.inner.first_pass(self.state) if isinstance(self.inner, TwoPassOptimizer) else ([], None)
+
+    def forget_first_pass(self) -> None:
+        """As `TwoPassOptimizer`'s."""
+        if isinstance(self.inner, TwoPassOptimizer):
+            self.inner.forget_first_pass()
+
     # --- torch.optim.Optimizer
 
     @torch.no_grad()
@@ -94,6 +104,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._reverse = not self._reverse
         if self.scales_gradients:
             self.grad_scale = None
+        self.forget_first_pass()
         return loss
 
     @torch.no_grad()

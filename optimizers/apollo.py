@@ -160,13 +160,11 @@ class APOLLO(TwoPassOptimizer):
         for weight, g, s, index in zip(weights, *parts, indices, strict=True):
             add_scaled(weight, g, s, keep=keep, noise=noise_for(weight, group, step, index))
 
-    def may_look(self, grad: Tensor, group: Group, step: int, index: int) -> bool:
-        """See TwoPassOptimizer: where squares are found for the limiter anyway, or cost nothing."""
+    def may_look(self, grad: Tensor, group: Group) -> bool:
+        """See TwoPassOptimizer: squares are found for the limiter anyway, or by the kernel."""
         return group["norm_growth_limit"] is not None or low_rank_provider(grad) == "triton"
 
-    def look(
-        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
-    ) -> FirstPass:
+    def look(self, grad: Tensor, group: Group, step: int, indices: list[int]) -> FirstPass:
         """See TwoPassOptimizer."""
         shape = tuple(grad.shape)
         projections = [self.projection(i, shape, group, step, grad) for i in indices]
@@ -179,7 +177,7 @@ class APOLLO(TwoPassOptimizer):
         """What the gradients [B, m, n] are multiplied by, rate and sign included; the states move on."""
         shape = tuple(grad.shape)
         rank = resolve_rank(group["rank"], shape)
-        found = self.looked(indices) or self.look(grad, states, group, step, indices)
+        found = self.looked(indices) or self.look(grad, group, step, indices)
         norm = gather(states, "norm")
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         root = sqrt(group["scale"] if group["scale"] is not None else min(shape[-2:]) / rank)

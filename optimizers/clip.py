@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.grad_pack import global_norm
-from .two_pass import TwoPassOptimizer
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def clip_for_step(
     """`clip_by_global_norm`, where the next step of `optimizer` does the scaling if it can (`grad_scale`).
 
     That spares a pass that reads and writes all gradients; they then stay as they are. Of an optimizer that
-    reads gradients twice the first time gives their norm too (`TwoPassOptimizer.first_pass`).
+    reads gradients twice the first read gives their norm too (`TwoPassOptimizer.first_pass`).
     """
     if not getattr(optimizer, "scales_gradients", False):
         return clip_by_global_norm(parameters, max_norm)
@@ -58,9 +58,9 @@ def clip_for_step(
     return norm
 
 
-def _norm_for_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> Tensor:
+def _norm_for_step(optimizer: Any, parameters: list[Tensor]) -> Tensor:
     """The global norm, from the optimizer's first pass as far as it makes one."""
-    if not isinstance(optimizer, TwoPassOptimizer):
+    if not hasattr(optimizer, "first_pass"):
         return clip_by_global_norm(parameters, None)
     read, squares = optimizer.first_pass()
     known = set(read)

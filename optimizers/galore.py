@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.low_rank import FirstPass, add_product, first_pass, project, subspace_step
-from ..ops.low_rank import provider as low_rank_provider
+from ..ops.low_rank import add_product, project, subspace_step
 from ..ops.low_rank_torch import moved_step
 from .cost import Cost, state_traffic, weight_traffic
 from .matrix import Group, check_rank, gather, matrix_bytes, resolve_rank, scatter
@@ -150,30 +149,15 @@ class GaLore(TwoPassOptimizer):
         for weight, a, b, index in zip(weights, *parts, indices, strict=True):
             add_product(weight, a, b, keep=keep, noise=noise_for(weight, group, step, index))
 
-    def may_look(self, grad: Tensor, group: Group, step: int, index: int) -> bool:
-        """See TwoPassOptimizer: where the kernel finds squares as it projects.
-
-        Not where the basis is to follow this gradient first, if it is finite.
-        """
-        return low_rank_provider(grad) == "triton" and self._turn(group, step, index)[0] != 0
-
-    def look(
-        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
-    ) -> FirstPass:
-        """See TwoPassOptimizer."""
-        return first_pass(grad, self._basis(states, grad))
-
     def coordinates(
         self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
     ) -> tuple[Tensor, Tensor]:
         """The step in the subspace [B, l, r], rate and sign included, and the basis; the states move on."""
-        found = self.looked(indices)
-        if found is None:
-            each = len(grad) // len(states)
-            for i, (state, index) in enumerate(zip(states, indices, strict=True)):
-                self._refresh(grad[i * each : (i + 1) * each], state, group, step, index)
-        basis = self._basis(states, grad)
-        projected = project(grad, basis) if found is None else found.projected()
+        each = len(grad) // len(states)
+        for i, (state, index) in enumerate(zip(states, indices, strict=True)):
+            self._refresh(grad[i * each : (i + 1) * each], state, group, step, index)
+        basis = torch.cat([s["basis"] for s in states]).to(self.product_dtype or fast_dtype(grad))
+        projected = project(grad, basis)
         clip = self.scale_on(grad)
         projected = projected if clip is None else projected * clip
         projected = self.precondition(projected, states, group, step)
@@ -199,17 +183,9 @@ class GaLore(TwoPassOptimizer):
     def forget(self, state: State) -> None:
         """What else in the state belongs to the old basis."""
 
-    def _basis(self, states: list[State], grad: Tensor) -> Tensor:
-        """[B, k, r] in the type of the products."""
-        return torch.cat([s["basis"] for s in states]).to(self.product_dtype or fast_dtype(grad))
-
-    def _turn(self, group: Group, step: int, index: int) -> tuple[int, int]:
-        """Steps since the basis of tensor `index` followed a gradient, and how often it has."""
-        places = sum(len(g["params"]) for g in self.param_groups) if group["stagger"] else 1
-        return turn(step, group["update_proj_gap"], index if group["stagger"] else 0, places)
-
     def _refresh(self, grad: Tensor, state: State, group: Group, step: int, index: int) -> None:
-        since, number = self._turn(group, step, index)
+        places = sum(len(g["params"]) for g in self.param_groups) if group["stagger"] else 1
+        since, number = turn(step, group["update_proj_gap"], index if group["stagger"] else 0, places)
         if since:
             return
         exact = computing_dtype(grad.dtype)

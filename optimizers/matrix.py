@@ -211,7 +211,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # --- the machinery
 
     def _advance(self, group: Group, params: list[Tensor]) -> None:
-        self._prepare(group, params)
+        for p in params:
+            assert p.grad is not None
+            if p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse")
+            if not self.state[p]:
+                self.state[p] = self.fresh_state(p, group)
         if group["kind"] == "adamw":
             grads = [p.grad for p in params if p.grad is not None]
             starts = [noise_start(self._place(p)[0]) for p in params]
@@ -221,21 +226,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 noise_step=self._noise_step(group), grad_scale=self.grad_scale,
             )  # fmt: skip
             return
-        for batch in self._split(params):
+        for batch in self._split(params, [int(self.state[p]["step"]) for p in params]):
             self._advance_batch(group, batch)
 
-    def _prepare(self, group: Group, params: list[Tensor]) -> None:
-        """State for tensors that have none yet. RuntimeError: a gradient is sparse."""
-        for p in params:
-            assert p.grad is not None
-            if p.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__}: a gradient of shape {tuple(p.shape)} is sparse")
-            if not self.state[p]:
-                self.state[p] = self.fresh_state(p, group)
-
-    def _split(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+    def _split(self, params: list[Tensor], steps: list[int]) -> Iterator[list[Tensor]]:
         """The matrices that go through an update together."""
-        return _batches(params, [int(self.state[p]["step"]) for p in params])
+        return _batches(params, steps)
 
     def _stacked(self, params: list[Tensor]) -> tuple[Tensor, list[int]]:
         """The gradients of matrices as one stack, and the place of each among all."""

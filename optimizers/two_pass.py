@@ -1,13 +1,14 @@
 """Steps in two passes over the gradient (`ops/low_rank.py`): APOLLO, GaLore and FRUGAL.
 
-Clipping is no pass more. What it multiplies the gradient by enters what is found of it between the passes,
-and the global norm that it needs comes out of the first pass, which then is made of all matrices before the
-second of any (`first_pass`). What was found is kept in between: only where that is thin beside the gradient.
+Clipping makes it no third. What it multiplies the gradient by enters between the passes. The global norm that
+it needs is a read of its own for GaLore and FRUGAL, which in their step read the gradient once; for APOLLO it
+comes out of the first pass, which then is made of all matrices before the second of any (`first_pass`). What
+was found is kept in between, and therefore only where it is thin beside the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,14 +45,15 @@ class TwoPassOptimizer(MatrixOptimizer):
 
     # --- what an algorithm gives
 
-    def may_look(self, grad: Tensor, group: Group, step: int, index: int) -> bool:
-        """Whether the first pass of this `step` over matrix `index` can be made early, and is worth it."""
+    def may_look(self, grad: Tensor, group: Group) -> bool:
+        """Whether the first pass can be made early, and gives the squares at no cost.
+
+        Not where pass 2 has no use for the gradient: a norm of its own then makes two reads too.
+        """
         return False
 
-    def look(
-        self, grad: Tensor, states: list[State], group: Group, step: int, indices: list[int]
-    ) -> low_rank.FirstPass:
-        """The first pass over gradients [B, m, n], which changes nothing."""
+    def look(self, grad: Tensor, group: Group, step: int, indices: list[int]) -> low_rank.FirstPass:
+        """The first pass over gradients [B, m, n] for `step`, with squares; it changes nothing."""
         raise NotImplementedError
 
     def write(
@@ -77,40 +79,38 @@ class TwoPassOptimizer(MatrixOptimizer):
     # --- the machinery
 
     @torch.no_grad()
-    def first_pass(self) -> tuple[list[Tensor], Tensor | None]:
+    def first_pass(self, states: Mapping[Tensor, State] | None = None) -> tuple[list[Tensor], Tensor | None]:
         """Make the first pass for the next step: (whose gradients were read, the sum of their squares).
 
         The sum is None where none was, and not finite where a gradient is not, or its squares overflow (from
-        1e19 on, as in `global_norm`).
-        Until the step, gradients must stay as they are; one that does not is read again.
+        1e19 on, as in `global_norm`). Until the step, gradients must stay as they are; one that does not is
+        read again. states: where they live if not here; matrices are then taken one by one, as in their step.
         """
         self.forget_first_pass()
         read: list[Tensor] = []
         sums = []
+        known = self.state if states is None else states
         for group in self.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            params = [p for p in group["params"] if p.grad is not None]
-            self._prepare(group, params)
-            for batch in self._split(params):
-                states = [self.state[p] for p in batch]
-                step = int(states[0]["step"]) + 1
-                if not all(self._looks_at(p, group, step) for p in batch):
-                    continue
+            params = [p for p in group["params"] if self._looks_at(p, group)]
+            steps = {p: int(known[p]["step"]) if known.get(p) else 0 for p in params}
+            together = self._split(params, list(steps.values()))
+            for batch in together if states is None else ([p] for p in params):
                 grad, indices = self._stacked(batch)
-                found = self.look(grad, states, group, step, indices).summed()
+                found = self.look(grad, group, steps[batch[0]] + 1, indices).summed()
                 self._looked[tuple(indices)] = _Looked(found, _versions(batch))
                 read += batch
                 sums.append(found.squares.sum())
         total = torch.stack([s.to(sums[0].device) for s in sums]).sum() if sums else None
         return read, total
 
-    def _looks_at(self, p: Tensor, group: Group, step: int) -> bool:
-        return (
-            p.grad is not None
-            and _is_thin(p, p.grad, group)
-            and self.may_look(p.grad, group, step, self._place(p)[0])
-        )
+    def _looks_at(self, p: Tensor, group: Group) -> bool:
+        """Whether the first pass over it is worth being early: its sketch is thin beside its gradient."""
+        if group["kind"] != "matrix" or p.grad is None or not self.may_look(p.grad, group):
+            return False
+        if type(p) not in (Tensor, nn.Parameter) or type(p.grad) is not Tensor:
+            return False
+        rank = resolve_rank(group["rank"], tuple(p.shape))
+        return 4 * (rank + 1) <= _KEPT * p.grad.element_size() * min(p.shape[-2:])
 
     def forget_first_pass(self) -> None:
         """Free what `first_pass` has found."""
@@ -147,8 +147,8 @@ class TwoPassOptimizer(MatrixOptimizer):
         self.write(weights, grad, states, group, step, indices, keep)
         return None, keep
 
-    def _split(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        for batch in super()._split(params):
+    def _split(self, params: list[Tensor], steps: list[int]) -> Iterator[list[Tensor]]:
+        for batch in super()._split(params, steps):
             grad = batch[0].grad
             apart = len(batch) > 1 and batch[0].numel() >= _ALONE
             if apart and grad is not None and low_rank.provider(grad) == "triton":
@@ -161,14 +161,6 @@ class TwoPassOptimizer(MatrixOptimizer):
         if key in self._looked and self._looked[key].grads != _versions(params):
             del self._looked[key]
         super()._advance_batch(group, params)
-
-
-def _is_thin(p: Tensor, grad: Tensor, group: Group) -> bool:
-    """Whether what the first pass finds of a plain tensor is small beside its gradient."""
-    if type(p) not in (Tensor, nn.Parameter) or type(grad) is not Tensor:
-        return False
-    rank = resolve_rank(group.get("rank"), tuple(p.shape))
-    return 4 * (rank + 1) <= _KEPT * grad.element_size() * min(p.shape[-2:])
 
 
 def _versions(params: list[Tensor]) -> list[tuple[int, int]]:

@@ -33,6 +33,6 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     axes.set_xlabel("time over ours: right of the line ours is quicker")
     axes.set_ylim(-0.6, len(shown) - 0.2)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title, fontsize=7, loc="left")
-    figure.legend(loc="outside right upper", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=7)  # above the legend too, which it may be longer than
     figure.savefig(path, dpi=110)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from ops_timing import H200_COPY, Row, median_seconds
 from shoestring.ops.codec import Law, block_of, code_count, scale_count
-from shoestring.ops.quantised_step import bytes_per_element, quantised_direction, quantised_step
+from shoestring.ops.quantised_step import bytes_per_element, quantised_step
 from shoestring.ops.rounding import noise_key, noise_start
+from shoestring.ops.step_call import Rule, StepSettings, StepTensors
 from torch import Tensor, nn
 
 SHAPES = [
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def ours(
-    shapes: list[Any], device: torch.device, rule: Any = "adamw", law: Law | None = None,
+    shapes: list[Any], device: torch.device, rule: Rule = "adamw", law: Law | None = None,
     weight: torch.dtype = BF16, moment: torch.dtype = FP32, mode: Any = "sr",
 ) -> dict[str, Run]:  # fmt: skip
     """The step as it is chosen on `device`, and by PyTorch's operations, over tensors of its own."""
@@ -99,20 +100,19 @@ def ours(
     extra: list[Tensor] = []
     if weight == BF16 and mode in ("kahan", "master"):
         extra = [w.to(BF16 if mode == "kahan" else FP32) for w in weights]
-    factor = torch.ones((), device=device)
-
-    moments_of = (first, first_scales, second, second_scales)
-    settings: dict[str, Any] = {"law": law, "betas": (0.9, 0.999), "eps": 1e-8, "step": 2}
-    places: dict[str, Any] = {"key": noise_key(0, 2), "starts": [noise_start(i) for i in range(len(sizes))]}
+    alone = rule == "direction"  # its gradients are all there is
+    starts = [noise_start(i) for i in range(len(sizes))]
+    tensors = StepTensors(
+        weights, [] if alone else grads, first, first_scales, second, second_scales, extra, starts,
+        grad_scale=None if alone else torch.ones((), device=device),
+    )  # fmt: skip
+    settings = StepSettings(
+        rule=rule, law=law, mode=mode, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, step=2,
+        key=noise_key(0, 2),
+    )  # fmt: skip
 
     def step() -> None:
-        if rule == "direction":
-            quantised_direction(grads, *moments_of, **settings)
-            return
-        quantised_step(
-            rule, weights, grads, *moments_of, extra, mode=mode, lr=1e-4, weight_decay=0.01,
-            grad_scale=factor, **settings, **places,
-        )  # fmt: skip
+        quantised_step(tensors, settings)
 
     def reference() -> None:
         os.environ["SHOESTRING_OPS"] = "torch"

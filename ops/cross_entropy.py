@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
+from .linear_head import HeadInputs, LossSettings
 from .loss_heads import liger_cross_entropy_sum, loss_and_gradients, provider_of
 from .providers import Provider
 
@@ -47,31 +48,20 @@ def cross_entropy_sum(
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and labels {tuple(labels.shape)} do not match")
     dtype = computing_dtype(hidden)
-    low, high = low_rank or (None, None)
-    given = [hidden, head_weight, bias, low, high]
+    given = HeadInputs(hidden, head_weight, bias, *(low_rank or (None, None)))
+    settings = LossSettings(softcap, label_smoothing, ignore_index)
     if torch.compiler.is_compiling():
         recording = torch.is_grad_enabled()
         wants = [recording and one is not None and one.requires_grad for one in given]
-        cast = [None if one is None else one.to(dtype) for one in (hidden, head_weight, low, high)]
-        found: Tensor = loss_op(
-            *cast[:2], bias, *cast[2:], labels, softcap, label_smoothing, ignore_index, wants
-        )[0]
+        found: Tensor = loss_op(*given.cast(dtype), labels, *settings, wants)[0]
         return found
     by_name: list[Provider] = ["liger"] if _liger_has(given, dtype) else []
     provider = provider_of(dtype, hidden.device, by_name)
     if provider == "liger":
         with torch.autocast(hidden.device.type, enabled=False):
-            return liger_cross_entropy_sum(
-                hidden.to(dtype),
-                head_weight.to(dtype),
-                bias,
-                labels,
-                softcap=softcap,
-                smoothing=label_smoothing,
-                ignore_index=ignore_index,
-            )
-    settings = softcap, label_smoothing, ignore_index, torch.is_grad_enabled(), dtype, provider
-    loss: Tensor = _LinearCrossEntropy.apply(*given, labels, settings)  # type: ignore[no-untyped-call]  # torch has no types here
+            return liger_cross_entropy_sum(given.cast(dtype), labels, settings)
+    recording = torch.is_grad_enabled()
+    loss: Tensor = _LinearCrossEntropy.apply(*given, labels, settings, dtype, provider, recording)  # type: ignore[no-untyped-call]  # torch has no types here
     return loss
 
 
@@ -98,12 +88,10 @@ def reference(
     )
 
 
-def _liger_has(given: list[Tensor | None], dtype: torch.dtype) -> bool:
+def _liger_has(given: HeadInputs, dtype: torch.dtype) -> bool:
     """Whether Liger computes this: no low-rank terms, and it gives no gradient where hidden wants none."""
-    hidden, *others = given
-    assert hidden is not None
-    trained = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in others)
-    return dtype != torch.float64 and given[3] is None and (hidden.requires_grad or not trained)
+    trained = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given[1:])
+    return dtype != torch.float64 and given.low is None and (given.hidden.requires_grad or not trained)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -116,24 +104,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low: Tensor | None,
         high: Tensor | None,
         labels: Tensor,
-        settings: tuple[Any, ...],
+        settings: LossSettings,
+        dtype: torch.dtype,
+        provider: Provider,
+        recording: bool,
     ) -> Tensor:
-        softcap, smoothing, ignore_index, recording, dtype, provider = settings
-        loss, gradients = loss_and_gradients(
-            hidden.to(dtype),
-            weight.to(dtype),
-            bias,
-            None if low is None else low.to(dtype),
-            None if high is None else high.to(dtype),
-            labels,
-            softcap=softcap,
-            smoothing=smoothing,
-            ignore_index=ignore_index,
-            wants=[recording and wanted for wanted in ctx.needs_input_grad[:5]],
-            provider=provider,
-        )
+        given = HeadInputs(hidden, weight, bias, low, high)
+        wants = [recording and wanted for wanted in ctx.needs_input_grad[:5]]
+        loss, gradients = loss_and_gradients(given.cast(dtype), labels, settings, wants, provider)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias, low, high)]
+        ctx.dtypes = [None if one is None else one.dtype for one in given]
         return loss
 
     @staticmethod
@@ -143,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else _scaled(saved, grad_loss, dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,20 +150,10 @@ def loss_op(
 
     As an operation that torch.compile keeps whole; all but bias are of one type.
     """
-    loss, gradients = loss_and_gradients(
-        hidden,
-        weight,
-        bias,
-        low,
-        high,
-        labels,
-        softcap=softcap,
-        smoothing=smoothing,
-        ignore_index=ignore_index,
-        wants=wants,
-        provider=provider_of(hidden.dtype, hidden.device),
-    )
-    given = (hidden, weight, bias, low, high)
+    given = HeadInputs(hidden, weight, bias, low, high)
+    settings = LossSettings(softcap, smoothing, ignore_index)
+    provider = provider_of(hidden.dtype, hidden.device)
+    loss, gradients = loss_and_gradients(given, labels, settings, wants, provider)
     return [
         loss,
         *(
@@ -194,20 +164,10 @@ def loss_op(
 
 
 @loss_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    smoothing: float,
-    ignore_index: int | None,
-    wants: list[bool],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    given, wants = HeadInputs(*arguments[:5]), arguments[-1]
+    hidden = given.hidden
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    given = (hidden, weight, bias, low, high)
     return [
         loss,
         *(

@@ -167,6 +167,7 @@ class _Distillation(torch.autograd.Function):
                 slope.mul_(alpha * temperature)
                 if alpha < 1:
                     slope.add_(logits.sub_(log_sum).exp_(), alpha=1 - alpha)
+                    # slow in bfloat16 alone, which this never is
                     slope.scatter_add_(1, column, torch.full_like(column, alpha - 1, dtype=inner))
                 if grad_bias is not None:
                     grad_bias += slope.sum(dim=0)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .linear_head import HeadInputs, LossSettings
 from .providers import Provider, choose
 
 # Logits in one buffer, by device and by whether the weight is trained, which adds a pass over a float32
@@ -47,35 +48,19 @@ def provider_of(dtype: torch.dtype, device: torch.device, by_name: Sequence[Prov
 
 
 def loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    labels: Tensor,
-    *,
-    softcap: float | None,
-    smoothing: float,
-    ignore_index: int | None,
-    wants: Sequence[bool],
-    provider: Provider,
+    given: HeadInputs, labels: Tensor, settings: LossSettings, wants: Sequence[bool], provider: Provider
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, a scalar, and its gradients by hidden, weight, bias, low and high where `wants` says so.
+    """The loss, a scalar, and its gradients by what is given where `wants` says so.
 
     hidden, weight, low and high are of one type, which the gradients by hidden and low have too; the others
     are float32 when there are several chunks (float64 of float64).
     """
-    positions, places = len(hidden), None
-    if ignore_index is not None:
-        kept = labels != ignore_index
-        if not bool(kept.all()):
-            places = kept.nonzero().squeeze(1)
-            hidden, labels = hidden[places], labels[places]
-            low = None if low is None else low[places]
+    positions, given, labels, places = len(labels), *_labelled(given, labels, settings.ignore_index)
+    hidden, weight, _, low, high = given
     count, vocabulary = len(hidden), weight.shape[0]
     inner = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=inner, device=hidden.device)
-    totals = _Totals(hidden, weight, bias, low, high, wants, inner)
+    totals = _Totals(given, wants, inner)
     rows = min(count, rows_of_chunk(vocabulary, hidden.device, wants[1]))
     # one set of buffers for all chunks: fresh memory of this size costs more than the arithmetic on it
     scores = hidden.new_empty((rows, vocabulary))
@@ -86,27 +71,35 @@ def loss_and_gradients(
             logits = torch.mm(hidden[part], weight.t(), out=scores[: part.stop - start])
             if low is not None and high is not None:
                 logits.addmm_(low[part], high.t())
-            column = labels[part]
             if provider == "triton":
-                losses, slope = _rows_in_place(logits, column, bias, softcap, smoothing, any(wants)), logits
+                losses = _rows_in_place(logits, labels[part], given.bias, settings, any(wants))
+                slope = logits
             else:
-                losses, slope = _rows(logits, column[:, None], bias, softcap, smoothing, second, any(wants))
+                losses, slope = _rows(logits, labels[part], given.bias, settings, any(wants), second)
             loss += losses.sum()
             totals.add(slope, part)
     return loss, totals.of_all(positions, places)
 
 
+def _labelled(
+    given: HeadInputs, labels: Tensor, ignore_index: int | None
+) -> tuple[HeadInputs, Tensor, Tensor | None]:
+    """The positions that have a label, their labels, and where they are: None where all have one."""
+    kept = None if ignore_index is None else labels != ignore_index
+    if kept is None or bool(kept.all()):
+        return given, labels, None
+    places = kept.nonzero().squeeze(1)
+    low = None if given.low is None else given.low[places]
+    return given._replace(hidden=given.hidden[places], low=low), labels[places], places
+
+
 def _rows_in_place(
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    smoothing: float,
-    gradient: bool,
+    logits: Tensor, labels: Tensor, bias: Tensor | None, settings: LossSettings, gradient: bool
 ) -> Tensor:
     """Loss [c] of each row of logits [c, V], whose gradients take their place."""
     from .kernels.cross_entropy import losses_of_rows
 
+    softcap, smoothing, _ = settings
     losses, _ = losses_of_rows(
         logits, labels, bias=bias, softcap=softcap, smoothing=smoothing, gradient=gradient
     )
@@ -115,37 +108,44 @@ def _rows_in_place(
 
 def _rows(
     logits: Tensor,
-    column: Tensor,
+    labels: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    smoothing: float,
-    buffer: Tensor,
+    settings: LossSettings,
     gradient: bool,
+    buffer: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss [c, 1] of each row of logits [c, V], which are used up, and their gradient in `buffer`."""
+    softcap, smoothing, _ = settings
     inner = torch.promote_types(logits.dtype, torch.float32)
-    if bias is not None:
-        logits += bias
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    wanted = logits.gather(1, column).to(inner)
+    capped_(logits, bias, softcap)
+    wanted = logits.gather(1, labels[:, None]).to(inner)
     # the largest logit, and its probability: log-sum-exp without a second pass of exponentials
     largest = logits.amax(dim=1, keepdim=True).to(inner)
-    probability = torch.softmax(logits, dim=1, out=buffer[: len(column)])
+    probability = torch.softmax(logits, dim=1, out=buffer[: len(labels)])
     losses = largest - probability.amax(dim=1, keepdim=True).to(inner).log_() - wanted
     if smoothing:
         losses += smoothing * (wanted - logits.mean(dim=1, keepdim=True, dtype=inner))
     if not gradient:
         return losses, probability
     slope = probability.sub_(smoothing / logits.shape[1]) if smoothing else probability
-    add_at_(slope, column[:, 0], slope.new_full((len(column),), smoothing - 1))
+    add_at_(slope, labels, slope.new_full((len(labels),), smoothing - 1))
     if softcap is not None:
         slope.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
     return losses, slope
 
 
+def capped_(products: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits [c, V] of products of positions and weight, in their place."""
+    if bias is not None:
+        products += bias
+    return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
+
+
 def add_at_(rows: Tensor, column: Tensor, value: Tensor) -> None:
-    """Add value [c] to rows [c, V], contiguous, a column each; `scatter_add_` takes as long as a product."""
+    """Add value [c] to rows [c, V], contiguous, a column each.
+
+    In bfloat16 `scatter_add_` takes as long as a product; in float32 it is as quick as this.
+    """
     first = torch.arange(len(rows), device=rows.device) * rows.shape[1]
     rows.view(-1).index_add_(0, first + column, value)
 
@@ -153,16 +153,8 @@ def add_at_(rows: Tensor, column: Tensor, value: Tensor) -> None:
 class _Totals:
     """Gradients by what the logits are made of, chunk after chunk."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low: Tensor | None,
-        high: Tensor | None,
-        wants: Sequence[bool],
-        inner: torch.dtype,
-    ) -> None:
+    def __init__(self, given: HeadInputs, wants: Sequence[bool], inner: torch.dtype) -> None:
+        hidden, weight, bias, low, high = given
         self._hidden, self._weight, self._low, self._high = hidden, weight, low, high
         self._wants, self._inner = wants, inner
         self._of_hidden = torch.empty_like(hidden) if wants[0] else None
@@ -224,22 +216,11 @@ def _product_in_float32(total: Tensor) -> bool:
     )
 
 
-def liger_cross_entropy_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
-    softcap: float | None,
-    smoothing: float,
-    ignore_index: int | None,
-) -> Tensor:
+def liger_cross_entropy_sum(given: HeadInputs, labels: Tensor, settings: LossSettings) -> Tensor:
     """`cross_entropy_sum` by Liger, which has its own gradients; chunks as large as ours."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    if ignore_index is not None:
-        places = (labels != ignore_index).nonzero().squeeze(1)
-        hidden, labels = hidden[places], labels[places]
+    (hidden, weight, bias, _, _), labels, _ = _labelled(given, labels, settings.ignore_index)
     if not len(hidden):
         return hidden.sum() * 0.0 + weight.sum() * 0.0  # nothing, and zero gradients
     count, vocabulary = len(hidden), len(weight)
@@ -249,9 +230,9 @@ def liger_cross_entropy_sum(
         weight,
         labels,
         bias=bias,
-        label_smoothing=smoothing,
+        label_smoothing=settings.smoothing,
         reduction="sum",
-        softcap=softcap,
+        softcap=settings.softcap,
         accum_dtype=torch.float32,
         chunk_mem_const=max(1, rows * vocabulary // (count * hidden.shape[1])),
     )

@@ -9,16 +9,14 @@
 
 Moments are decoded, updated, used in float32 and then encoded (`codec.py`); weights are written as
 `writing.py` says. In one pass an element in 8 bits costs 2 bytes of gradient, 4 of weight and 4 of moments,
-with their scales 10.06; operation by operation it is ten times that. Nothing is read back to the host:
-`grad_scale` (what clipping and loss scaling multiply by) and `skip` (nonzero: nothing changes) stay on the
-device.
-
-What must hold of the tensors of one call: one device; each list of one type, contiguous; of any sizes.
+with their scales 10.06; operation by operation it is ten times that. The kernel reads nothing back
+to the host: `grad_scale` (what clipping and loss scaling multiply by) and `skip` (nonzero: nothing changes)
+stay on the device.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,183 +24,84 @@ from torch import Tensor
 from .adamw import adamw_update, advance
 from .codec import Law, block_of, decode, encode, threshold_at
 from .providers import Provider, choose
-from .writing import Mode, add_step
+from .step_call import CHANGED, SCHEMA, StepSettings, StepTensors, folded
+from .writing import add_step
 
-Rule = Literal["adamw", "lion"]
 # Elements at a time of the reference: what it touches then stays in a core's cache.
 _CPU_ELEMENTS = 1 << 17
 _CUDA_ELEMENTS = 1 << 26
 
 
-def quantised_step(
-    rule: Rule,
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    extra: list[Tensor],
-    *,
-    law: Law | None,
-    mode: Mode,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    key: int,
-    starts: list[int],
-    grad_scale: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> None:
-    """Advance weights and moments in place; all lists are parallel, and see the module for the rest.
-
-    weights bfloat16 or float32 (float16, float64: PyTorch's operations), grads of any floating type. law:
-    of moments that are codes, with their float32 scales; None where they are float32, float64 or bfloat16,
-    and the lists of scales are empty. lion has no second moment: empty lists. extra: for narrow weights the
-    float32 `master`s or the bfloat16 compensations of `kahan`, else empty. step counts from 1; key and
-    starts: `rounding.noise_key` and `noise_start` of each tensor.
-    """
+def quantised_step(tensors: StepTensors, settings: StepSettings) -> None:
+    """Advance weights and moments in place; of the rule `direction` the weights become the directions."""
     if torch.compiler.is_compiling():
-        quantised_step_op(
-            rule, weights, grads, first, first_scales, second, second_scales, extra, law or "", mode, lr,
-            betas[0], betas[1], eps, weight_decay, step, key, starts, grad_scale, skip,
-        )  # fmt: skip
+        quantised_step_op(*tensors, *settings)
         return
-    provider = (
-        choose("quantised_step", weights[0].device, _offered(weights, grads, first, law))
-        if weights
-        else "torch"
-    )
+    if not tensors.weights:
+        return
+    provider = choose("quantised_step", tensors.weights[0].device, _offered(tensors, settings))
     if provider == "triton":
         from .kernels.quantised_step import step as run
     elif provider == "native":
         from .native.step import step as run
     else:
         run = reference
-    run(
-        rule, weights, grads, first, first_scales, second, second_scales, extra, law=law, mode=mode, lr=lr,
-        betas=betas, eps=eps, weight_decay=weight_decay, step=step, key=key, starts=starts,
-        grad_scale=grad_scale, skip=skip,
-    )  # fmt: skip
+    run(tensors, settings)
 
 
-def quantised_direction(
-    values: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    *,
-    law: Law | None,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-) -> None:
-    """values (float32 or float64 gradients) ← m / (√v + ε), after both moments have advanced by them."""
-    if torch.compiler.is_compiling():
-        quantised_direction_op(
-            values, first, first_scales, second, second_scales, law or "", betas[0], betas[1], eps, step
-        )
-        return
-    if not values:
-        return
-    provider = choose("quantised_step", values[0].device, _offered(values, values, first, law))
-    if provider == "triton":
-        from .kernels.quantised_step import direction as run
-    elif provider == "native":
-        from .native.step import direction as run
-    else:
-        run = reference_direction
-    run(values, first, first_scales, second, second_scales, law=law, betas=betas, eps=eps, step=step)
-
-
-def _offered(
-    weights: list[Tensor], grads: list[Tensor], first: list[Tensor], law: Law | None
-) -> list[Provider]:
+def _offered(tensors: StepTensors, settings: StepSettings) -> list[Provider]:
+    weights, grads, first = tensors.weights, tensors.grads or tensors.weights, tensors.first
     narrow = (torch.float32, torch.bfloat16)
     known = (
-        weights[:1]
-        and weights[0].dtype in narrow
+        weights[0].dtype in narrow
         and grads[0].dtype in narrow
-        and (law is not None or first[0].dtype in narrow)
+        and (settings.law is not None or first[0].dtype in narrow)
     )
     return ["triton", "native"] if known else []
 
 
-def reference(
-    rule: Rule,
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    extra: list[Tensor],
-    *,
-    law: Law | None,
-    mode: Mode,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    key: int,
-    starts: list[int],
-    grad_scale: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> None:
+def reference(tensors: StepTensors, settings: StepSettings) -> None:
     """The same by PyTorch's operations, in runs that a cache holds."""
-    if skip is not None and bool(skip):
+    if tensors.skip is not None and bool(tensors.skip):
         return
-    keep = 1 - lr * weight_decay
-    for i, weight in enumerate(weights):
-        flat, grad = weight.view(-1), grads[i].reshape(-1)
-        kept = {} if not extra else {"master" if mode == "master" else "compensation": extra[i].view(-1)}
-        for part in _runs(flat):
-            g = grad[part].to(_computing(weight))
-            if grad_scale is not None:
-                g = g * grad_scale.to(g.dtype)
-            m = _read(first[i], first_scales[i : i + 1], part, law, signed=True)
-            if rule == "lion":
-                update = m.mul(betas[0]).add_(g, alpha=1 - betas[0]).sign_()
-                m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
-            else:
-                v = _read(second[i], second_scales[i : i + 1], part, law, signed=False)
-                update = adamw_update(g, m, v, betas=betas, eps=eps, step=step)
-                _write(v, second[i], second_scales[i : i + 1], part, law, step, signed=False)
-            _write(m, first[i], first_scales[i : i + 1], part, law, step, signed=True)
-
-            def add(target: Tensor, rows: slice, update: Tensor = update) -> None:
-                target.add_(update[rows].view(target.shape), alpha=-lr)
-
-            beside = [{name: value[part].view(1, -1, 1) for name, value in kept.items()}]
-            noise = [(key, starts[i] + part.start)]
-            add_step([flat[part].view(1, -1, 1)], beside, add, keep=keep, mode=mode, noise=noise)
+    for i, weight in enumerate(tensors.weights):
+        size = _CPU_ELEMENTS if weight.device.type == "cpu" else _CUDA_ELEMENTS
+        for start in range(0, weight.numel(), size):
+            _step_part(tensors, settings, i, slice(start, min(start + size, weight.numel())))
 
 
-def reference_direction(
-    values: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    *,
-    law: Law | None,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-) -> None:
-    """`quantised_direction` by PyTorch's operations."""
-    for i, value in enumerate(values):
-        flat = value.view(-1)
-        for part in _runs(flat):
-            m = _read(first[i], first_scales[i : i + 1], part, law, signed=True)
-            v = _read(second[i], second_scales[i : i + 1], part, law, signed=False)
-            flat[part].copy_(advance(flat[part], m, v, betas, eps, 1.0))
-            _write(m, first[i], first_scales[i : i + 1], part, law, step, signed=True)
-            _write(v, second[i], second_scales[i : i + 1], part, law, step, signed=False)
+def _step_part(tensors: StepTensors, settings: StepSettings, i: int, part: slice) -> None:
+    """The step of these elements of tensor i."""
+    rule, law, betas, eps = settings.rule, settings.law, settings.betas, settings.eps
+    weights, grads, first, first_scales, second, second_scales, extra = tensors.columns
+    weight = weights[i].view(-1)[part]
+    g = grads[i].reshape(-1)[part].to(_computing(weight))
+    if tensors.grad_scale is not None:
+        g = g * tensors.grad_scale.to(g.dtype)
+    m = _read(first[i], first_scales[i : i + 1], part, law, signed=True)
+    if rule == "lion":
+        update = m.mul(betas[0]).add_(g, alpha=1 - betas[0]).sign_()
+        m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
+    else:
+        v = _read(second[i], second_scales[i : i + 1], part, law, signed=False)
+        if rule == "direction":
+            update = advance(g, m, v, betas, eps, settings.root)
+        else:
+            update = adamw_update(g, m, v, betas=betas, eps=eps, step=settings.step)
+        _write(v, second[i], second_scales[i : i + 1], part, law, settings.step, signed=False)
+    _write(m, first[i], first_scales[i : i + 1], part, law, settings.step, signed=True)
+    if rule == "direction":
+        weight.copy_(update)
+        return
+
+    def add(target: Tensor, rows: slice) -> None:
+        target.add_(update[rows].view(target.shape), alpha=-settings.lr)
+
+    name = "master" if settings.mode == "master" else "compensation"
+    beside = {name: extra[i].view(-1)[part].view(1, -1, 1)} if extra else {}
+    noise = [(settings.key, tensors.starts[i] + part.start)]
+    keep = 1 - settings.decay
+    add_step([weight.view(1, -1, 1)], [beside], add, keep=keep, mode=settings.mode, noise=noise)
 
 
 def bytes_per_element(weight: int, grad: int, moments: float, extra: int = 0) -> float:
@@ -250,70 +149,11 @@ def _write(
     )
 
 
-def _runs(flat: Tensor) -> list[slice]:
-    size = _CPU_ELEMENTS if flat.device.type == "cpu" else _CUDA_ELEMENTS
-    return [slice(at, min(at + size, flat.numel())) for at in range(0, flat.numel(), size)]
-
-
 def _computing(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op(
-    "shoestring::quantised_step",
-    mutates_args=("weights", "first", "first_scales", "second", "second_scales", "extra"),
-)
-def quantised_step_op(
-    rule: str,
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    extra: list[Tensor],
-    law: str,
-    writing: str,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    key: int,
-    starts: list[int],
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    """`quantised_step` as an operation that torch.compile keeps whole; law "" is None, writing its `mode`.
-
-    PyTorch's tracer has a positional argument `mode` of its own, which one of this name would collide with.
-    """
-    quantised_step(
-        rule, weights, grads, first, first_scales, second, second_scales, extra,  # type: ignore[arg-type]
-        law=law or None, mode=writing, lr=lr, betas=(beta1, beta2), eps=eps,  # type: ignore[arg-type]
-        weight_decay=weight_decay, step=step, key=key, starts=starts, grad_scale=grad_scale, skip=skip,
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "shoestring::quantised_direction",
-    mutates_args=("values", "first", "first_scales", "second", "second_scales"),
-)
-def quantised_direction_op(
-    values: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    law: str,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-) -> None:
-    """`quantised_direction` as an operation that torch.compile keeps whole; law "" is None."""
-    quantised_direction(
-        values, first, first_scales, second, second_scales,
-        law=law or None, betas=(beta1, beta2), eps=eps, step=step,  # type: ignore[arg-type]
-    )  # fmt: skip
+@torch.library.custom_op("shoestring::quantised_step", mutates_args=CHANGED, schema=SCHEMA)
+def quantised_step_op(*flat: Any) -> None:
+    """`quantised_step` as an operation that torch.compile keeps whole; `step_call.unfolded` is its order."""
+    quantised_step(*folded(flat))

@@ -14,18 +14,28 @@ inside, and the weight's gradient is summed in float32. On CUDA a chunk is one k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .autocast import computing_dtype
-from .loss_heads import add_at_
+from .loss_heads import add_at_, capped_
 from .providers import Provider, choose
 
 # Logits in one chunk: 48 MB in float32; a GPU's products need more rows to be worth the reading of a weight.
 CHUNK, CUDA_CHUNK = 12 * 2**20, 128 * 2**20
+
+
+class _Given(NamedTuple):
+    """What log-probabilities are of: hidden [N, H], weight [V, H], bias [V], labels [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    softcap: float | None
 
 
 def token_log_probs(
@@ -67,28 +77,18 @@ def reference(
     return torch.log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = h @ w.t()
-    if bias is not None:
-        logits += bias
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
 def _provider(hidden: Tensor) -> Provider:
-    half = hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return choose("token_log_probs", hidden.device, ["triton"] if half else [])
+    known = hidden.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return choose("token_log_probs", hidden.device, ["triton"] if known else [])
 
 
 def _chunk_rows(weight: Tensor) -> int:
     return max(1, (CHUNK if weight.device.type == "cpu" else CUDA_CHUNK) // weight.shape[0])
 
 
-def _forward(
-    h: Tensor, w: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _forward(given: _Given) -> tuple[Tensor, Tensor]:
     """Log-probabilities and log-sums [N]."""
+    h, w, bias, labels, softcap = given
     inner = torch.promote_types(h.dtype, torch.float32)
     found, log_sum = (torch.empty(len(h), dtype=inner, device=h.device) for _ in range(2))
     in_place = _provider(h) == "triton"
@@ -96,31 +96,25 @@ def _forward(
     with torch.autocast(h.device.type, enabled=False):
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
+            logits = h[part] @ w.t()
             if in_place:
                 from .kernels.cross_entropy import losses_of_rows
 
                 losses, log_sum[part] = losses_of_rows(
-                    h[part] @ w.t(), labels[part], bias=bias, softcap=softcap, gradient=False
+                    logits, labels[part], bias=bias, softcap=softcap, gradient=False
                 )
                 found[part] = losses.neg_()
-                continue
-            logits = _logits(h[part], w, bias, softcap)
-            log_sum[part] = torch.logsumexp(logits.to(inner), dim=1)
-            found[part] = logits.gather(1, labels[part, None]).squeeze(1).to(inner) - log_sum[part]
+            else:
+                capped_(logits, bias, softcap)
+                log_sum[part] = torch.logsumexp(logits.to(inner), dim=1)
+                found[part] = logits.gather(1, labels[part, None]).squeeze(1).to(inner) - log_sum[part]
+            del logits  # or they would stand beside the next chunk's
     return found, log_sum
 
 
-def _backward(
-    grad: Tensor,
-    h: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    log_sum: Tensor,
-    softcap: float | None,
-    wants: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _backward(grad: Tensor, given: _Given, log_sum: Tensor, wants: Sequence[bool]) -> list[Tensor | None]:
     """Gradients by hidden, in its type, and by weight and bias, in float32."""
+    h, w, bias, labels, softcap = given
     inner = log_sum.dtype
     grad_hidden = torch.empty_like(h) if wants[0] else None
     grad_weight = torch.zeros(w.shape, dtype=inner, device=h.device) if wants[1] else None
@@ -130,13 +124,13 @@ def _backward(
     with torch.autocast(h.device.type, enabled=False):
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
+            slope = logits = h[part] @ w.t()
             if in_place:
                 from .kernels.cross_entropy import slopes_of_rows
 
-                slope = h[part] @ w.t()
                 slopes_of_rows(slope, labels[part], -grad[part], log_sum[part], bias=bias, softcap=softcap)
             else:
-                logits = _logits(h[part], w, bias, softcap)
+                capped_(logits, bias, softcap)
                 slope = (logits.to(inner) - log_sum[part, None]).exp_().mul_(-grad[part, None])
                 add_at_(slope, labels[part], grad[part])
                 if softcap is not None:
@@ -148,7 +142,8 @@ def _backward(
                 torch.mm(slope, w, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += slope.t() @ h[part]
-    return grad_hidden, grad_weight, grad_bias
+            del logits, slope
+    return [grad_hidden, grad_weight, grad_bias]
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -162,7 +157,7 @@ class _TokenLogProbs(torch.autograd.Function):
         softcap: float | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        found, log_sum = _forward(hidden.to(dtype), weight.to(dtype), bias, labels, softcap)
+        found, log_sum = _forward(_Given(hidden.to(dtype), weight.to(dtype), bias, labels, softcap))
         ctx.save_for_backward(hidden, weight, bias, labels, log_sum)
         ctx.softcap, ctx.computing = softcap, dtype
         return found
@@ -172,11 +167,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, log_sum = ctx.saved_tensors
         dtype = ctx.computing
-        found = _backward(
-            *(grad, hidden.to(dtype), weight.to(dtype), bias, labels, log_sum),
-            ctx.softcap,
-            ctx.needs_input_grad[:3],
-        )
+        given = _Given(hidden.to(dtype), weight.to(dtype), bias, labels, ctx.softcap)
+        found = _backward(grad, given, log_sum, ctx.needs_input_grad[:3])
         gradients = [
             None if g is None else g.to(one.dtype)
             for g, one in zip(found, (hidden, weight, bias), strict=True)
@@ -189,13 +181,12 @@ def log_probs_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
 ) -> list[Tensor]:
     """`token_log_probs` as an operation that torch.compile keeps whole, and what its backward reads [N]."""
-    return list(_forward(hidden, weight, bias, labels, softcap))
+    return list(_forward(_Given(hidden, weight, bias, labels, softcap)))
 
 
 @log_probs_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    hidden = _Given(*arguments).hidden
     inner = torch.promote_types(hidden.dtype, torch.float32)
     return [hidden.new_empty(len(hidden), dtype=inner) for _ in range(2)]
 
@@ -207,35 +198,26 @@ def backward_op(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    log_sum: Tensor,
     softcap: float | None,
+    log_sum: Tensor,
     wants: list[bool],
 ) -> list[Tensor]:
     """Gradients by hidden, weight and bias, in their types; of one that is not wanted an empty tensor."""
-    found = _backward(grad, hidden, weight, bias, labels, log_sum, softcap, wants)
-    given = (hidden, weight, bias)
+    found = _backward(grad, _Given(hidden, weight, bias, labels, softcap), log_sum, wants)
     return [
         hidden.new_empty(0) if g is None or one is None else g.to(one.dtype)
-        for g, one in zip(found, given, strict=True)
+        for g, one in zip(found, (hidden, weight, bias), strict=True)
     ]
 
 
 @backward_op.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    log_sum: Tensor,
-    softcap: float | None,
-    wants: list[bool],
-) -> list[Tensor]:
+def _(*arguments: Any) -> list[Tensor]:
+    given, wants = arguments[1:4], arguments[-1]
     return [
         torch.empty_like(one, memory_format=torch.contiguous_format)
         if one is not None and wanted
-        else hidden.new_empty(0)
-        for one, wanted in zip((hidden, weight, bias), wants, strict=True)
+        else given[0].new_empty(0)
+        for one, wanted in zip(given, wants, strict=True)
     ]
 
 
@@ -250,7 +232,7 @@ def _back(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if grads[0] is None:
         return None, None, None, None, None
     wants = list(ctx.needs_input_grad[:3])
-    found = backward_op(grads[0], *tensors, log_sum, ctx.softcap, wants)
+    found = backward_op(grads[0], *tensors, ctx.softcap, log_sum, wants)
     return (*(g if wanted else None for g, wanted in zip(found, wants, strict=True)), None, None)
 
 

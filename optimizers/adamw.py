@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ops.adamw import adamw_update
 from ..ops.quantised_step import quantised_step
 from ..ops.rounding import noise_key
+from ..ops.step_call import StepSettings, StepTensors
 from .moments import State, law_of, moment_bytes, new_moment, scales_of
 from .weights import prepare, weight_bytes
 
@@ -67,7 +68,7 @@ def step_tensors(
         quick = _is_quick(weight, grad, state, group) and grad_scale is None
         kind = (weight.device, weight.dtype, grad.dtype, state["exp_avg"].dtype, law_of(state, "exp_avg"))
         alike.setdefault((int(state["step"]), quick, kind), []).append(i)
-    for (step, quick, _), members in alike.items():
+    for (step, quick, (*_, law)), members in alike.items():
         eps = group["eps"]
         if group.get("bias_free_eps"):
             eps /= sqrt(1 - group["betas"][1] ** step)
@@ -75,8 +76,18 @@ def step_tensors(
         if quick:
             _fused(*few, group, step, eps)
         else:
-            key = noise_key(group["seed"], step if noise_step is None else noise_step)
-            _quantised(*few, group, step, eps, key, [starts[i] for i in members], grad_scale)
+            settings = StepSettings(
+                rule="lion" if group.get("rule") == "lion" else "adamw",
+                law=law,
+                mode=group["weights"],
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=eps,
+                weight_decay=group["weight_decay"],
+                step=step,
+                key=noise_key(group["seed"], step if noise_step is None else noise_step),
+            )
+            _quantised(*few, [starts[i] for i in members], settings, grad_scale)
 
 
 def _is_quick(weight: Tensor, grad: Tensor, state: State, group: dict[str, Any]) -> bool:
@@ -118,36 +129,25 @@ def _quantised(
     weights: list[Tensor],
     grads: list[Tensor],
     states: list[State],
-    group: dict[str, Any],
-    step: int,
-    eps: float,
-    key: int,
     starts: list[int],
+    settings: StepSettings,
     grad_scale: Tensor | None,
 ) -> None:
-    lion, mode = group.get("rule") == "lion", group["weights"]
+    lion = settings.rule == "lion"
     whole = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    extra = {"kahan": "compensation", "master": "master"}.get(mode, "")
-    quantised_step(
-        "lion" if lion else "adamw",
-        whole,
-        [g.contiguous() for g in grads],
-        [s["exp_avg"] for s in states],
-        scales_of(states, "exp_avg"),
-        [] if lion else [s["exp_avg_sq"] for s in states],
-        [] if lion else scales_of(states, "exp_avg_sq"),
-        [s[extra] for s in states if extra in s],
-        law=law_of(states[0], "exp_avg"),
-        mode=mode,
-        lr=float(group["lr"]),
-        betas=group["betas"],
-        eps=eps,
-        weight_decay=group["weight_decay"],
-        step=step,
-        key=key,
+    extra = {"kahan": "compensation", "master": "master"}.get(settings.mode, "")
+    tensors = StepTensors(
+        weights=whole,
+        grads=[g.contiguous() for g in grads],
+        first=[s["exp_avg"] for s in states],
+        first_scales=scales_of(states, "exp_avg"),
+        second=[] if lion else [s["exp_avg_sq"] for s in states],
+        second_scales=[] if lion else scales_of(states, "exp_avg_sq"),
+        extra=[s[extra] for s in states if extra in s],
         starts=starts,
         grad_scale=None if grad_scale is None else grad_scale.to(weights[0].device),
     )
+    quantised_step(tensors, settings)
     for weight, made in zip(weights, whole, strict=True):
         if made is not weight:
             weight.copy_(made)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from shoestring.ops import token_log_probs
+from shoestring.plan.live_bytes import LiveBytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -165,3 +166,11 @@ def test_no_more_than_a_chunk_of_logits_exists(positions: int) -> None:
 def test_shapes_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match=r"hidden \(3, 4\) and labels \(2,\) do not match"):
         token_log_probs(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
+
+
+def test_one_chunk_of_logits_lives_at_a_time() -> None:
+    """Beside two float32 numbers a position."""
+    hidden, weight, labels, _ = tensors(torch.float32, 640)
+    with LiveBytes(torch.device("cpu")) as live, torch.no_grad():
+        token_log_probs(hidden, weight, labels)
+    assert live.peak < 1.5 * (4 * VOCABULARY * 8) + 2 * 4 * 640

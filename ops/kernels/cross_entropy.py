@@ -95,7 +95,7 @@ def losses_of_rows(
     The logits are contiguous, labels int64 and each in [0, V): what comes of another one is NaN.
     """
     losses, sums = (torch.empty(len(logits), device=logits.device) for _ in range(2))
-    _launch(logits, labels, None, losses, sums, bias, softcap, smoothing, True, gradient)
+    _launch(logits, labels, sums, bias, softcap, smoothing, losses=losses, gradient=gradient)
     return losses, sums
 
 
@@ -109,29 +109,30 @@ def slopes_of_rows(
     softcap: float | None,
 ) -> None:
     """Logits [rows, V] become the slopes of their losses times factors [rows]; sums: of `losses_of_rows`."""
-    _launch(logits, labels, factors.contiguous(), sums, sums, bias, softcap, 0.0, False, True)
+    _launch(logits, labels, sums, bias, softcap, 0.0, factors=factors.contiguous())
 
 
 def _launch(
     logits: Tensor,
     labels: Tensor,
-    factors: Tensor | None,
-    losses: Tensor,
     sums: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     smoothing: float,
-    loss: bool,
-    gradient: bool,
+    *,
+    losses: Tensor | None = None,
+    factors: Tensor | None = None,
+    gradient: bool = True,
 ) -> None:
+    """With `losses` these and the sums are written, else the sums are read."""
     if not len(logits):
         return
     # of what is not there any pointer
     rows_kernel[(len(logits),)](
         logits, logits if bias is None else bias.contiguous(), labels.contiguous(),
-        sums if factors is None else factors, losses, sums,
+        sums if factors is None else factors, sums if losses is None else losses, sums,
         logits.shape[1], 1.0 if softcap is None else softcap, smoothing,
-        LOSS=loss, GRADIENT=gradient, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
+        LOSS=losses is not None, GRADIENT=gradient, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
         HAS_FACTOR=factors is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

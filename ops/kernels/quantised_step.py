@@ -17,15 +17,15 @@ others by a launch of their own, element by element.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codec import Law, block_of, threshold_at
+from ..codec import block_of, threshold_at
 from ..rounding import PERIOD as _PERIOD
+from ..step_call import StepSettings, StepTensors
 from .case import Case
 from .moments import read, write
 from .numbers import LAW_NUMBERS, dithered, noise_at, table_of
@@ -120,54 +120,22 @@ def step_kernel(
         first += TILE
 
 
-def step(
-    rule: Literal["adamw", "lion"], weights: list[Tensor], grads: list[Tensor],
-    first: list[Tensor], first_scales: list[Tensor], second: list[Tensor], second_scales: list[Tensor],
-    extra: list[Tensor], *, law: Law | None, mode: Literal["sr", "kahan", "master", "plain"],
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, key: int,
-    starts: list[int], grad_scale: Tensor | None, skip: Tensor | None,
-) -> None:  # fmt: skip
-    """As `quantised_step.quantised_step`, whose arguments it takes."""
+def step(tensors: StepTensors, settings: StepSettings) -> None:
+    """`quantised_step`: one launch over the tensors that go by 128 bits, one over the others."""
+    columns, law = tensors.columns, settings.law
+    weights, grads, first = columns[:3]
     if not weights:
         return
-    narrow = {torch.float32: ("plain",), torch.float16: ("plain", "kahan", "master")}.get(weights[0].dtype)
-    mode = mode if narrow is None or mode in narrow else "plain"
-    scalars = {
-        "rate": lr / (1 - betas[0] ** step) if rule == "adamw" else lr,
-        "decay": lr * weight_decay, "gain_1": 1 - betas[0], "keep_2": betas[1], "gain_2": 1 - betas[1],
-        "correction": (1 - betas[1] ** step) ** -0.5, "eps": eps, "threshold": threshold_at(step), "key": key,
-    }  # fmt: skip
-    _launch(
-        rule, mode, [weights, grads, first, first_scales, second, second_scales, extra], starts, law,
-        scalars, grad_scale, skip,
-    )  # fmt: skip
-
-
-def direction(
-    values: list[Tensor], first: list[Tensor], first_scales: list[Tensor],
-    second: list[Tensor], second_scales: list[Tensor], *,
-    law: Law | None, betas: tuple[float, float], eps: float, step: int,
-) -> None:  # fmt: skip
-    """As `quantised_step.quantised_direction`."""
-    if not values:
-        return
-    scalars = {
-        "rate": -1.0, "decay": 0.0, "gain_1": 1 - betas[0], "keep_2": betas[1], "gain_2": 1 - betas[1],
-        "correction": 1.0, "eps": eps, "threshold": threshold_at(step), "key": 0,
-    }  # fmt: skip
-    _launch(
-        "direction", "plain", [values, values, first, first_scales, second, second_scales, []],
-        [0] * len(values), law, scalars, None, None,
-    )  # fmt: skip
-
-
-def _launch(
-    rule: str, mode: str, columns: list[list[Tensor]], starts: list[int], law: Law | None,
-    scalars: dict[str, Any], grad_scale: Tensor | None, skip: Tensor | None,
-) -> None:  # fmt: skip
-    """One launch over the tensors that go by 128 bits, one over the others; none of nothing."""
-    weights, grads, first = columns[:3]
     device, anything = weights[0].device, weights[0]
+    narrow = {torch.float32: ("plain",), torch.float16: ("plain", "kahan", "master")}.get(weights[0].dtype)
+    mode = settings.mode if narrow is None or settings.mode in narrow else "plain"
+    betas = settings.betas
+    scalars = {
+        "rate": settings.rate, "decay": settings.decay,
+        "gain_1": 1 - betas[0], "keep_2": betas[1], "gain_2": 1 - betas[1],
+        "correction": settings.root, "eps": settings.eps, "threshold": threshold_at(settings.step),
+        "key": settings.key,
+    }  # fmt: skip
     sizes = [weight.numel() for weight in weights]
     addresses = [[t.data_ptr() for t in column] or [0] * len(weights) for column in columns]
     groups: dict[int, list[int]] = {16: [], 1: []}
@@ -183,15 +151,17 @@ def _launch(
         programs = tuple(-(-sizes[i] // (TILE * CHUNKS)) for i in members)
         rows, before = [], 0
         for i, count in zip(members, programs, strict=True):
-            rows += [*(column[i] for column in addresses), sizes[i], starts[i] % _PERIOD, before]
+            rows += [*(column[i] for column in addresses), sizes[i], tensors.starts[i] % _PERIOD, before]
             before += count
         step_kernel[(before,)](
             _tensors(tuple(rows), device, stream), _owners(programs, device, stream),
-            anything if grad_scale is None else grad_scale, anything if skip is None else skip,
+            anything if tensors.grad_scale is None else tensors.grad_scale,
+            anything if tensors.skip is None else tensors.skip,
             table_of(law or "linear", True, device), table_of(law or "linear", False, device), **scalars,
-            RULE=RULES[rule], MODE=MODES[mode], WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
+            RULE=RULES[settings.rule], MODE=MODES[mode],
+            WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
             MOMENT=_TYPES.get(first[0].dtype, tl.uint8), LAW=-1 if law is None else LAW_NUMBERS[law],
-            SCALED=grad_scale is not None, SKIPS=skip is not None, ALIGN=align,
+            SCALED=tensors.grad_scale is not None, SKIPS=tensors.skip is not None, ALIGN=align,
             BLOCK=block, ROWS=TILE // block, CHUNKS=CHUNKS, num_warps=WARPS,
         )  # fmt: skip
 

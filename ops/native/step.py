@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..codec import Law, dynamic_table, threshold_at
 from ..rounding import Noise
+from ..step_call import StepSettings, StepTensors
 from ..writing import Mode
 from . import library
 
@@ -42,80 +42,27 @@ class _Settings(ctypes.Structure):
     ]
 
 
-def step(
-    rule: str,
-    weights: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    extra: list[Tensor],
-    *,
-    law: Law | None,
-    mode: Mode,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    key: int,
-    starts: list[int],
-    grad_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
+def step(tensors: StepTensors, settings: StepSettings) -> None:
     """As `quantised_step.quantised_step`, for weights and gradients of float32 or bfloat16 on a CPU."""
-    if skip is not None and bool(skip):
+    if tensors.skip is not None and bool(tensors.skip):
         return
-    in_place = weights[0].dtype == torch.float32
-    adam = rule == "adamw"
-    _run(
-        [weights, grads, first, first_scales, second, second_scales, extra],
-        starts,
-        rule=_RULES[rule],
-        kind=_kind(law, first[0]),
-        mode=0 if in_place else _MODES[mode],
-        keep=1 - lr * weight_decay,
+    in_place = tensors.weights[0].dtype == torch.float32
+    law, scale, betas = settings.law, tensors.grad_scale, settings.betas
+    given = _Settings(
+        rule=_RULES[settings.rule],
+        kind=_TYPES[tensors.first[0].dtype] if law is None else _KINDS[law],
+        mode=0 if in_place else _MODES[settings.mode],
+        keep=1 - settings.decay,
         beta1=betas[0],
         beta2=betas[1],
-        eps=eps,
-        rate=lr / (1 - betas[0] ** step) if adam else lr,
-        root_correction=(1 - betas[1] ** step) ** -0.5 if adam else 1.0,
-        threshold=threshold_at(step),
-        grad_scale=1.0 if grad_scale is None else float(grad_scale),
-        key=key & 0xFFFF_FFFF,
+        eps=settings.eps,
+        rate=settings.rate,
+        root_correction=settings.root,
+        threshold=threshold_at(settings.step),
+        grad_scale=1.0 if scale is None else float(scale),
+        key=settings.key & 0xFFFF_FFFF,
     )
-
-
-def direction(
-    values: list[Tensor],
-    first: list[Tensor],
-    first_scales: list[Tensor],
-    second: list[Tensor],
-    second_scales: list[Tensor],
-    *,
-    law: Law | None,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-) -> None:
-    """As `quantised_step.quantised_direction`."""
-    _run(
-        [values, values, first, first_scales, second, second_scales, []],
-        [0] * len(values),
-        rule=_RULES["direction"],
-        kind=_kind(law, first[0]),
-        mode=0,
-        keep=1.0,
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        rate=-1.0,
-        root_correction=1.0,
-        threshold=threshold_at(step),
-        grad_scale=1.0,
-        key=0,
-    )
+    _run(tensors.columns, tensors.starts, given)
 
 
 def write(
@@ -143,41 +90,22 @@ def write(
             starts.append(start + (e * m + rows.start) * n)
     keys = {key for key, _ in noise}
     assert len(keys) == 1, "tensors that step together have one step"
-    _run(
-        [parts[0], parts[1], [], [], [], [], parts[2]],
-        starts,
-        rule=_RULES["write"],
-        kind=0,
-        mode=_MODES[mode],
-        keep=keep,
-        beta1=0.0,
-        beta2=0.0,
-        eps=0.0,
-        rate=0.0,
-        root_correction=1.0,
-        threshold=0.0,
-        grad_scale=1.0,
-        key=keys.pop() & 0xFFFF_FFFF,
-    )
+    key = keys.pop() & 0xFFFF_FFFF
+    given = _Settings(rule=_RULES["write"], mode=_MODES[mode], keep=keep, grad_scale=1.0, key=key)
+    _run([parts[0], parts[1], [], [], [], [], parts[2]], starts, given)
 
 
-def _run(lists: list[list[Tensor]], starts: list[int], **settings: Any) -> None:
-    weights, grads = lists[0], lists[1] = lists[0], [g.contiguous() for g in lists[1]]
+def _run(columns: list[list[Tensor]], starts: list[int], given: _Settings) -> None:
+    """One pass over contiguous tensors, listed as in `_Job`; puts types, threads and tables in `given`."""
+    weights, grads = columns[:2]
     jobs = (_Job * len(weights))()
-    for i in range(len(jobs)):
-        pointers = (tensors[i].data_ptr() if tensors else None for tensors in lists)
-        jobs[i] = _Job(*pointers, weights[i].numel(), starts[i])
-    signed, unsigned = dynamic_table(True), dynamic_table(False)
-    given = _Settings(
-        weight_type=_TYPES[weights[0].dtype],
-        grad_type=_TYPES[grads[0].dtype],
-        threads=max(1, min(torch.get_num_threads(), sum(w.numel() for w in weights) // _SHARE)),
-        signed_table=signed.data_ptr(),
-        unsigned_table=unsigned.data_ptr(),
-        **settings,
-    )
+    elements = 0
+    for i, weight in enumerate(weights):
+        addresses = [column[i].data_ptr() if column else None for column in columns]
+        jobs[i] = _Job(*addresses, weight.numel(), starts[i])
+        elements += weight.numel()
+    given.weight_type, given.grad_type = _TYPES[weights[0].dtype], _TYPES[grads[0].dtype]
+    given.threads = max(1, min(torch.get_num_threads(), elements // _SHARE))
+    given.signed_table = dynamic_table(True).data_ptr()
+    given.unsigned_table = dynamic_table(False).data_ptr()
     library().shoestring_step(jobs, ctypes.c_int64(len(weights)), ctypes.byref(given))
-
-
-def _kind(law: Law | None, first: Tensor) -> int:
-    return _KINDS[law] if law is not None else _TYPES[first.dtype]

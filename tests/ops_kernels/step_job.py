@@ -10,6 +10,7 @@ from shoestring.ops import codec
 from shoestring.ops.codec import block_of, code_count, scale_count
 from shoestring.ops.quantised_step import quantised_step
 from shoestring.ops.rounding import noise_key, noise_start
+from shoestring.ops.step_call import StepSettings, StepTensors
 from torch import Tensor
 
 from .harness import Guarded
@@ -23,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 class Job:
     """Tensors of one call, in guard bands, and its settings."""
 
-    rule: str = "adamw"
+    rule: Any = "adamw"
     weight: torch.dtype = FP32
     grad: torch.dtype = FP32
     moment: torch.dtype = FP32
@@ -61,6 +62,8 @@ class Job:
         squares = [(drawn(n, 1.0) * s).square() for n, s in zip(self.sizes, spread, strict=True)]
         if self.rule == "lion":
             squares = []
+        if self.rule == "direction":
+            self.weights, self.grads = self.grads, []
         self.first, self.first_scales = self._moments(means, True, put)
         self.second, self.second_scales = self._moments(squares, False, put)
         self.extra: list[Tensor] = []
@@ -83,6 +86,7 @@ class Job:
 
     @property
     def lists(self) -> list[list[Tensor]]:
+        """In the order of `StepTensors`."""
         return [
             self.weights, self.grads, self.first, self.first_scales, self.second, self.second_scales,
             self.extra,
@@ -101,10 +105,16 @@ class Job:
         self.guard.check()
 
     def run_unguarded(self, only: slice = slice(None), **more: Any) -> None:
-        quantised_step(
-            self.rule, *[part[only] for part in self.lists], law=self.law, mode=self.mode, lr=self.lr,
-            betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, step=self.step, key=self.key,
-            starts=self.starts[only], **more,
+        quantised_step(self.tensors(only, **more), self.settings)
+
+    def tensors(self, only: slice = slice(None), **more: Any) -> StepTensors:
+        return StepTensors(*[part[only] for part in self.lists], self.starts[only], **more)
+
+    @property
+    def settings(self) -> StepSettings:
+        return StepSettings(
+            rule=self.rule, law=self.law, mode=self.mode, lr=self.lr, betas=self.betas, eps=self.eps,
+            weight_decay=self.weight_decay, step=self.step, key=self.key,
         )  # fmt: skip
 
     def moments(self, i: int, signed: bool) -> Tensor:
@@ -148,13 +158,15 @@ def entry(codes: Tensor, law: str, signed: bool) -> Tensor:
 
 
 def exact(job: Job, i: int, grad_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The step's part of the weight (decay included), and both moments after it, in float64."""
-    g, m = job.grads[i].double().cpu() * grad_scale, job.moments(i, True)
+    """In float64 the change of the weight (decay included) or the direction, and both moments after it."""
+    g, m = (job.grads or job.weights)[i].double().cpu() * grad_scale, job.moments(i, True)
     w = (job.extra[i] if job.mode == "master" and job.extra else job.weights[i]).double().cpu()
     b1, b2 = job.betas
     if job.rule == "lion":
         direction = (b1 * m + (1 - b1) * g).sign()
         return -job.lr * (direction + job.weight_decay * w), b2 * m + (1 - b2) * g, torch.ones(0)
     m, v = b1 * m + (1 - b1) * g, b2 * job.moments(i, False) + (1 - b2) * g * g
+    if job.rule == "direction":
+        return m / (v.sqrt() + job.eps), m, v
     direction = (m / (1 - b1**job.step)) / ((v / (1 - b2**job.step)).sqrt() + job.eps)
     return -job.lr * (direction + job.weight_decay * w), m, v

@@ -10,13 +10,9 @@ import pytest
 import torch
 from shoestring.ops import codec, providers
 from shoestring.ops.codec import LAWS, block_of, threshold_at
-from shoestring.ops.quantised_step import (
-    quantised_direction,
-    quantised_direction_op,
-    quantised_step,
-    quantised_step_op,
-)
+from shoestring.ops.quantised_step import quantised_step_op
 from shoestring.ops.rounding import PERIOD, noise_tile
+from shoestring.ops.step_call import folded
 from torch import Tensor
 
 from .harness import distance
@@ -128,20 +124,13 @@ def share(ours: Tensor, other: Tensor) -> float:
 
 @pytest.mark.parametrize("law", [None, *LAWS])
 def test_a_direction_is_the_formula(law, provider, device):
-    job = Job(law=law, device=device)
-    wanted = []
-    for i in range(len(SIZES)):
-        _, m, v = exact(job, i)
-        wanted.append((m / (v.sqrt() + job.eps), m, v))
-    quantised_direction(
-        job.grads, job.first, job.first_scales, job.second, job.second_scales,
-        law=law, betas=job.betas, eps=job.eps, step=job.step,
-    )  # fmt: skip
-    job.guard.check()
+    job = Job(rule="direction", law=law, device=device)
+    wanted = [exact(job, i) for i in range(len(SIZES))]
+    job.run()
     assert providers.used["quantised_step"] == provider
     for i, (value, m, v) in enumerate(wanted):
         if SIZES[i]:
-            assert distance(job.grads[i], value) < 2e-6
+            assert distance(job.weights[i], value) < 2e-6
             assert_kept(job, i, m, True)
             assert_kept(job, i, v, False)
 
@@ -273,10 +262,7 @@ def test_twenty_steps_in_eight_bits_stay_near_adam(provider, device):
 
 
 def test_nothing_is_done_to_nothing(provider, device):
-    quantised_step(
-        "adamw", [], [], [], [], [], [], [], law=None, mode="sr", lr=0.1, betas=(0.9, 0.99), eps=1e-8,
-        weight_decay=0.0, step=1, key=0, starts=[],
-    )  # fmt: skip
+    Job(sizes=[], device=device).run_unguarded()
     Job(sizes=[0, 0], law="companded", device=device).run()
 
 
@@ -286,33 +272,33 @@ def test_half_precision_is_rounded_to_nearest(device):
     half = torch.float16
     job = Job(law="companded", weight=half, grad=half, mode="sr", sizes=[273], device=device)
     wanted = [job.weights[0].double().cpu() + exact(job, 0)[0]]
-    step(
-        "adamw", *job.lists, law=job.law, mode="sr", lr=job.lr, betas=job.betas, eps=job.eps,
-        weight_decay=job.weight_decay, step=job.step, key=job.key, starts=job.starts,
-        grad_scale=None, skip=None,
-    )  # fmt: skip
+    step(job.tensors(), job.settings)
     for weight, value in zip(job.weights, wanted, strict=True):
         assert share(weight, value.float().half()) > 0.995
 
 
-def test_both_are_operations_that_a_compiler_can_keep(device):
+COMPILED = [
+    {"law": "companded", "weight": BF16, "mode": "sr"},
+    {"law": None, "rule": "lion", "weight": BF16, "mode": "kahan"},
+    {"law": "four", "rule": "direction"},
+]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=named)
+def test_it_is_an_operation_that_a_compiler_can_keep(case, device):
     """One graph, and the bits of the uncompiled call."""
-    case: dict[str, Any] = {"law": "companded", "weight": BF16, "mode": "sr", "sizes": [1000, 5]}
-    job, same = Job(**case, device=device), Job(**case, device=device)
-    arguments = (
-        "adamw", *job.lists, "companded", "sr", 0.1, 0.9, 0.99, 1e-8, 0.1, 3, job.key, job.starts, None, None,
-    )  # fmt: skip
-    torch.library.opcheck(quantised_step_op, arguments)
-    moments = (job.first, job.first_scales, job.second, job.second_scales)
-    torch.library.opcheck(
-        quantised_direction_op,
-        (job.grads, *moments, "companded", 0.9, 0.99, 1e-8, 3),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-    job = Job(**case, device=device)
-    torch.compile(job.run_unguarded, fullgraph=True, backend="aot_eager")()
-    same.run()
+    job, same = (Job(**case, sizes=[1000, 5], device=device) for _ in range(2))
+    scale = torch.tensor(0.5, device=device)
+    torch.compile(job.run_unguarded, fullgraph=True, backend="aot_eager")(grad_scale=scale)
+    same.run(grad_scale=scale)
     assert all(torch.equal(a, b) for a, b in zip(job.bits(), same.bits(), strict=True))
+    torch.library.opcheck(quantised_step_op, (*job.tensors(grad_scale=scale), *job.settings))
+
+
+def test_what_is_laid_out_flat_is_put_together_again():
+    job = Job(sizes=[3], law="companded")
+    tensors, settings = job.tensors(skip=torch.zeros(())), job.settings
+    assert folded((*tensors, *settings)) == (tensors, settings)
 
 
 @pytest.mark.gpu

@@ -32,6 +32,14 @@ def end_of_file(path: Path, offset: int, nbytes: int) -> OffloadError:
     )
 
 
+def damaged(path: Path, offset: int, reason: str) -> OffloadError:
+    """The message for bytes at `offset` of path that are not those that were written."""
+    return OffloadError(
+        f"offload.disk_path  {path} holds other bytes at {offset:,} than were written: {reason}.\n"
+        f"                   {_advice(errno.EIO)}"
+    )
+
+
 def _advice(number: int) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "Free space there, or choose another disk: offload.disk_path=PATH"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -98,24 +100,26 @@ class DiskLayers:
 
     def read(self, offset: int, into: Tensor) -> None:
         """See LayerStore."""
-        if self._staging is None:
-            self._transfers.read(offset, into).wait()
-            return
-        memory = self._staging.get()
-        try:
-            self._transfers.read(offset, memory[: len(into)]).wait()
-            self._copier.copy(into, memory[: len(into)])
-        finally:
-            self._staging.put(memory)
+        with self._in_host(into) as memory:
+            self._transfers.read(offset, memory).wait()
+            if memory is not into:
+                self._copier.copy(into, memory)
 
     def write(self, offset: int, data: Tensor) -> None:
         """See LayerStore."""
+        with self._in_host(data) as memory:
+            if memory is not data:
+                self._copier.copy(memory, data)
+            self._transfers.write(offset, memory).wait()
+
+    @contextmanager
+    def _in_host(self, buffer: Tensor) -> Iterator[Tensor]:
+        """Host memory as long as the buffer: itself, or pinned memory that its bytes go through."""
         if self._staging is None:
-            self._transfers.write(offset, data).wait()
+            yield buffer
             return
         memory = self._staging.get()
         try:
-            self._copier.copy(memory[: len(data)], data)
-            self._transfers.write(offset, memory[: len(data)]).wait()
+            yield memory[: len(buffer)]
         finally:
             self._staging.put(memory)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .arena import Arena
+from .code_rate import decoding_threads
+from .coded_layers import PART, CodedLayers
 from .direct_file import DirectFile
 from .layer_buffers import THREADS, LayerBuffers
 from .layer_layout import Place
@@ -25,6 +27,7 @@ from .transfers import open_transfers
 class LayerTier:
     """Store and buffers; `held` is the file or the memory that the store is. `lines` say how."""
 
+    places: Sequence[Place]
     buffers: LayerBuffers
     store: LayerStore
     held: DirectFile | Tensor
@@ -35,8 +38,9 @@ class LayerTier:
     def mapped(self, *, writable: bool) -> Iterator[Tensor]:
         """Inside, all bytes of the store (uint8), none of them in memory of its own; nothing else may use it.
 
-        writable: changes are stored.
+        writable: changes are stored. Layers that are coded in the file are written as they are before.
         """
+        self._uncode()
         self.buffers.flush()
         if isinstance(self.held, Tensor):
             yield self.held
@@ -45,6 +49,13 @@ class LayerTier:
                 yield whole
         if writable:
             self.buffers.forget()
+
+    def _uncode(self) -> None:
+        if isinstance(self.store, CodedLayers):
+            for layer, place in enumerate(self.places):
+                if self.store.is_coded(place.offset):
+                    with self.buffers.using(layer, changes=True) as use:
+                        use.changed = True
 
     def close(self) -> None:
         """Let go of all, and delete the scratch file; again does nothing."""
@@ -60,10 +71,12 @@ def open_tier(
     buffers: int,
     io: Literal["threads", "io_uring"] | None,
     io_threads: int,
+    coded: bool = False,
 ) -> LayerTier:
     """Room for layers at these places, with buffers on `device`. UserError: there is none on the disk.
 
-    Of what fails nothing is left.
+    coded: layers with bfloat16 weights are coded on the disk, see `CodedLayers`. Of what fails nothing is
+    left.
     """
     total, largest = sum(place.nbytes for place in places), max(place.nbytes for place in places)
     pin = device.type == "cuda"
@@ -89,7 +102,18 @@ def open_tier(
             transfers, line = open_transfers(held, io=io, threads=io_threads)
             undo.callback(transfers.close)
             lines += [*held.lines, line]
-            store = DiskLayers(transfers, in_host(THREADS, largest) if pin else [], Copier(device))
+            staging, copier = in_host(THREADS, largest) if pin else [], Copier(device)
+            store = DiskLayers(transfers, staging, copier)
+            if coded:
+                store = CodedLayers(
+                    transfers,
+                    staging,
+                    copier,
+                    path=held.path,
+                    coded=[place.offset for place in places if torch.bfloat16 in place.dtypes],
+                    spare=in_host(THREADS, PART),
+                    threads=decoding_threads(device.type),
+                )
         else:
             [held] = in_host(1, total)
             store = HostLayers(held, Copier(device))
@@ -100,4 +124,4 @@ def open_tier(
         )
         front = LayerBuffers(places, memory, store)
         undo.callback(front.close)
-        return LayerTier(front, store, held, lines, undo.pop_all())
+        return LayerTier(places, front, store, held, lines, undo.pop_all())

@@ -13,12 +13,13 @@ Part = Literal["weights", "gradients", "optimizer", "activations", "swapped", "r
 
 @dataclass(frozen=True)
 class Placed:
-    """A part on a tier, in bytes. why: one line."""
+    """A part on a tier, in bytes. why: one line. coded: frozen layers lie there in the lossless code."""
 
     part: Part
     tier: Tier
     bytes: int
     why: str
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Placement:
     def tier(self, part: Part) -> Tier:
         """Where `part` lives; a part that is not listed is on the device."""
         return next((placed.tier for placed in self.parts if placed.part == part), "device")
+
+    @property
+    def coded(self) -> bool:
+        """Whether frozen layers lie on disk in the lossless code."""
+        return any(placed.coded for placed in self.parts)
 
     @property
     def all_on_device(self) -> bool:

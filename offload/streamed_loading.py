@@ -34,6 +34,7 @@ def load_streamed(
     io: Literal["threads", "io_uring"] | None = None,
     io_threads: int = 4,
     trainable: bool = False,
+    coded: bool = False,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> StreamedModel:
@@ -84,6 +85,7 @@ def load_streamed(
         io=io,
         io_threads=io_threads,
         trainable=trainable,
+        coded=coded,
         read=checked,
     )
 

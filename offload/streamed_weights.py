@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..recipes.errors import UserError
+from .code_rate import cannot_decode
+from .coded_layers import CodedLayers
 from .layer_layout import lay_out, layer_names
 from .layer_tier import open_tier
 from .streamed_layer import streamed_forward
@@ -29,6 +31,7 @@ def stream_layers(
     io: Literal["threads", "io_uring"] | None = None,
     io_threads: int = 4,
     trainable: bool = False,
+    coded: bool = False,
     read: Callable[[str], Tensor] | None = None,
 ) -> StreamedModel:
     """Move the weights of the model's layers to `tier`, from where each layer's come when it runs.
@@ -37,8 +40,9 @@ def stream_layers(
     inside the backward pass (`optimizers.in_backward`). Otherwise the frozen ones are streamed, and what is
     trained in the layers (adapters) stays in memory. A parameter that another layer, the embeddings or the
     head use too stays in memory. buffers: layers in memory at a time; with 3, a changed one is written while
-    the next is read. read: a weight's values by its name, where the model has none yet. folder: of the
-    scratch file, for "disk".
+    the next is read. coded: frozen bfloat16 layers lie on the disk in about 11 bits a weight, decoded while
+    they are read (`coded_layers`); as they are where the C++ decoder is missing. read: a weight's values by
+    its name, where the model has none yet. folder: of the scratch file, for "disk".
 
     A layer's inside is computed again in the backward pass, so activation checkpointing gains nothing.
 
@@ -51,8 +55,18 @@ def stream_layers(
     places = lay_out([[(tuple(p.shape), p.dtype) for _, p in layer] for layer in chosen.values()])
     layers = {name: [p for _, p in layer] for name, layer in chosen.items()}
     device = next(iter(layers.values()))[0].device
+    halves = any(torch.bfloat16 in place.dtypes for place in places)
+    coded = coded and tier == "disk" and not trainable and halves
+    lacks = cannot_decode() if coded else None
     opened = open_tier(
-        places, device, tier=tier, folder=folder, buffers=buffers, io=io, io_threads=io_threads
+        places,
+        device,
+        tier=tier,
+        folder=folder,
+        buffers=buffers,
+        io=io,
+        io_threads=io_threads,
+        coded=coded and lacks is None,
     )
     streamed = StreamedModel(model, layers, places, opened, frozen=not trainable)
     try:
@@ -64,6 +78,13 @@ def stream_layers(
     except BaseException:
         streamed.close()
         raise
+    if isinstance(opened.store, CodedLayers):
+        share = opened.store.share
+        opened.lines.append(
+            f"frozen layers on disk in {16 * share:.1f} of 16 bits a weight, decoded while they are read"
+        )
+    elif lacks is not None:
+        opened.lines.append(f"frozen layers lie on disk as they are, not coded, since {lacks}")
     return streamed
 
 

@@ -65,10 +65,13 @@ def encode(weight: Tensor) -> Tensor:
     return result
 
 
-def decode(data: Tensor, out: Tensor | None = None, *, verify: bool = True) -> Tensor:
+def decode(
+    data: Tensor, out: Tensor | None = None, *, verify: bool = True, threads: int | None = None
+) -> Tensor:
     """The elements that `encode` was given, every bit: bfloat16 [elements], or into `out`, of as many.
 
     data: uint8, contiguous, on the CPU. verify: compare the checksum, which costs about a third more time.
+    threads: of the C++, None for as many as PyTorch has.
     Raises ValueError for data that was not written by `encode`, is cut off or damaged (where only the
     checksum shows that, with `verify`), and for an `out` that does not fit. What it holds then is undefined.
     """
@@ -104,7 +107,7 @@ def decode(data: Tensor, out: Tensor | None = None, *, verify: bool = True) -> T
     if choose("lossless", data.device, ["native"]) == "native":
         from .native.lossless import decode as decode_parts_there
 
-        fine = decode_parts_there(bits, others, starts, *parts[1:])
+        fine = decode_parts_there(bits, others, starts, *parts[1:], threads=threads)
     else:
         fine = decode_parts(bits, others, starts, *parts[1:])
     if not fine:

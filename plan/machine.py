@@ -20,6 +20,7 @@ from .limits import cgroup_cores, existing_parent, usable_cores
 from .rates import Rates, measure_rates
 
 if TYPE_CHECKING:
+    from ..offload.code_rate import CodeRate
     from ..offload.rates import DiskRates
 
 
@@ -60,6 +61,16 @@ class Machine:
                 DiskRates(read=write, write=write, mixed=write) if write else measure_disk(folder)
             )
         return self._disks[key]
+
+    @cached_property
+    def decoding(self) -> CodeRate | None:
+        """How quickly frozen layers are decoded (`offload.coded_layers`), measured at the first access.
+
+        None: nothing here decodes them quickly. With `given_rates` nothing is measured, and it is None.
+        """
+        from ..offload.code_rate import measure_decoding
+
+        return None if self.given_rates else measure_decoding(self.device)
 
     @cached_property
     def _disks(self) -> dict[str, DiskRates]:

@@ -9,6 +9,7 @@ from .fit import Candidate
 from .grounds import Grounds
 from .memory import Moved, Sizes
 from .offload_writes import size_text
+from .weights_code import choose_weights_code
 
 
 def place(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> Placement:
@@ -22,7 +23,7 @@ def place(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> Placement:
     if chosen.recomputed:
         again = f"{chosen.recomputed} of {layers} layers computed again in the backward pass"
     parts = [
-        _weights(recipe, grounds, sizes),
+        _weights(recipe, grounds, chosen, sizes),
         Placed("gradients", "device", sizes.gradients, "the optimizer reads them there"),
         Placed(
             "optimizer",
@@ -41,12 +42,15 @@ def place(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> Placement:
     return Placement(tuple(parts))
 
 
-def _weights(recipe: Recipe, grounds: Grounds, sizes: Sizes) -> Placed:
+def _weights(recipe: Recipe, grounds: Grounds, chosen: Candidate, sizes: Sizes) -> Placed:
     held = sizes.weights + sizes.adapter
+    code = choose_weights_code(recipe, grounds, chosen)
     if sizes.weights_tier == "device":
         return Placed("weights", "device", held, _unmoved(recipe, grounds, "weights", "the passes need them"))
     line = f"offload.weights={sizes.weights_tier}; {size_text(held)} with two layers at a time on the device"
-    return Placed("weights", sizes.weights_tier, sizes.streamed, line)
+    if code.why:
+        line += f"; on disk {code.why}"
+    return Placed("weights", sizes.weights_tier, sizes.streamed, line, code.coded)
 
 
 def optimizer_line(recipe: Recipe, grounds: Grounds, chosen: Candidate) -> str:

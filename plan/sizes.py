@@ -18,7 +18,10 @@ from .memory import Sizes
 from .objectives import Extra
 from .precision import Precision
 from .trained import Trained
+from .weights_code import decoding_bytes
 
+PROBE_TOKENS = 256
+"""On which the exported model must agree with the trained one."""
 _BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit types
 _SCALES_TOGETHER = 256  # scales that share a scale of theirs with double quantisation
 
@@ -64,11 +67,13 @@ def count_sizes(
         largest=max(prod(shape) for _, shape in facts.parameter_shapes) * itemsize,
         libraries=libraries,
         merged=merged if stream is None else 0,
+        compared=0 if recipe.export.final == "none" else 2 * PROBE_TOKENS * facts.vocab_size * itemsize,
         reference=own_bytes + added_bytes if extra.reference else 0,
         teacher=extra.teacher.bytes if extra.teacher is not None else 0,
         teacher_first=extra.teacher is not None and extra.teacher.stored,
         weights_tier=weights_tier,
         streamed=0 if stream is None else stream.store,
+        decoding=decoding_bytes(recipe, weights_tier, precision.weights),
         exported=0 if stream is None else merged,
         held=held_by(
             recipe,

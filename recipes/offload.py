@@ -32,6 +32,11 @@ class OffloadConfig(Section):
         default="device",
         description="Tier of the layers' weights; from host or disk they are streamed layer by layer.",
     )
+    weights_code: Auto[Literal["raw", "lossless"]] = Field(
+        default=None,
+        description="How frozen bfloat16 layers lie on disk: as they are, or in about 11 bits a weight, "
+        "without loss, decoded by C++ while they are read; auto takes that where a step is quicker for it.",
+    )
     disk_path: str | None = Field(
         default=None,
         min_length=1,

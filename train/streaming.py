@@ -75,6 +75,7 @@ def _load(
         io=recipe.offload.io,
         io_threads=recipe.offload.io_threads,
         trainable=trainable,
+        coded=plan.placement.coded,
         attn_implementation=recipe.model.attn_implementation or "sdpa",
         trust_remote_code=recipe.model.trust_remote_code,
     )

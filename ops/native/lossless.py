@@ -22,12 +22,20 @@ def encode(bits: Tensor, others: Tensor, bases: Tensor, low: Tensor, planes: Ten
 
 
 def decode(
-    bits: Tensor, others: Tensor, starts: Tensor, bases: Tensor, low: Tensor, planes: Tensor, rest: Tensor
+    bits: Tensor,
+    others: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    low: Tensor,
+    planes: Tensor,
+    rest: Tensor,
+    *,
+    threads: int | None = None,
 ) -> bool:
     """As `lossless.decode_parts`."""
     run = library().shoestring_lossless_decode
     run.restype = ctypes.c_int64
     given = [ctypes.c_void_p(t.data_ptr()) for t in (bases, others, starts, low, planes, rest)]
-    threads = ctypes.c_int64(torch.get_num_threads())
-    wrong: int = run(ctypes.c_void_p(bits.data_ptr()), ctypes.c_int64(len(bits)), *given, threads)
+    count = ctypes.c_int64(threads or torch.get_num_threads())
+    wrong: int = run(ctypes.c_void_p(bits.data_ptr()), ctypes.c_int64(len(bits)), *given, count)
     return wrong == 0

@@ -49,12 +49,14 @@ class Sizes:
     largest: the largest tensor of the base. update: what a step of the optimizer moves and multiplies.
     libraries: resident memory of this process before anything of the model is loaded.
     merged: the model that the export writes and loads again to compare (0 where it exports an adapter).
+    compared: logits of the two models that the export compares.
     reference: a frozen copy of the trained weights. teacher: the weights of a second model, which with
     teacher_first is there before training only. moved: what of the optimizer's state is not on the device.
     streamed: of the layers whose weights are on `weights_tier` and come when they are needed; weights and
     unquantised are then what is in memory of the base. exported: of the model that the export writes layer by
-    layer, and that is never in memory at once. adapter_file: of the adapter as it is exported. held: what an
-    engine that shards holds while it trains, in place of weights, gradients and optimizer.
+    layer, and that is never in memory at once. decoding: host memory that decoding streamed layers takes.
+    adapter_file: of the adapter as it is exported. held: what an engine that shards holds while it trains, in
+    place of weights, gradients and optimizer.
     """
 
     weights: int
@@ -67,12 +69,14 @@ class Sizes:
     largest: int
     libraries: int
     merged: int
+    compared: int = 0
     reference: int = 0
     teacher: int = 0
     teacher_first: bool = False
     moved: Moved = field(default_factory=Moved)
     weights_tier: Tier = "device"
     streamed: int = 0
+    decoding: int = 0
     exported: int = 0
     adapter_file: int = 0
     held: Held | None = None
@@ -127,11 +131,13 @@ def footprint(
     if sizes.held is not None:
         train = {**sizes.held.device, **passes}
         gather["gather"] = {**_gathering(sizes.held), **beside}
-    # The optimizer's state still lives; the merged model is held once and loaded once more to be compared.
+    # The optimizer still lives, and with it what it trains; the frozen base is freed before the merged model
+    # is loaded and compared.
     export: Parts = {
         "weights": max(sizes.weights, sizes.merged) + sizes.adapter,
         "optimizer": sizes.state,
-        "exported copy": sizes.merged,
+        "exported copy": min(sizes.merged, sizes.trained - sizes.adapter),
+        "compared": sizes.compared,
         **beside,
     }
     first: dict[str, Parts] = {}
@@ -154,6 +160,8 @@ def footprint(
         train["other"] = int(HOST_SLACK_BYTES + share * (activations + logits))
         if sizes.moved.ring:
             train["ring"] = export["ring"] = sizes.moved.ring
+        if sizes.decoding:
+            load["decoding"] = train["decoding"] = export["decoding"] = sizes.decoding
         for parts in first.values():
             parts["other"] = int(HOST_SLACK_BYTES + share * teacher_activations)
         peak = max(phases.values(), key=lambda parts: sum(parts.values()))
@@ -195,6 +203,8 @@ def _on_host(sizes: Sizes) -> Parts:
         host["optimizer"] = sizes.moved.elsewhere
     if sizes.moved.ring:
         host["ring"] = sizes.moved.ring
+    if sizes.decoding:
+        host["decoding"] = sizes.decoding
     return host
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from shoestring.adapters import attach, compare_logits, merge_in_place
 from shoestring.models import load_model, read_facts, weight_reader
+from shoestring.ops import use_fused
 from shoestring.recipes.choices import LoraAdapter
 from shoestring.recipes.errors import UserError
 from shoestring.recipes.model_data import ModelConfig
@@ -43,11 +44,16 @@ def load(folder: Path, four_bit: bool, dtype: torch.dtype = torch.bfloat16) -> t
     return load_model(facts, recipe, device=CPU, dtype=dtype), facts
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("keys", [{}, {"use_dora": True}, {"target_modules": ["q_proj"]}])
-def test_training_and_merging_on_four_bits(folder: Path, keys: dict[str, Any], tmp_path: Path) -> None:
+def test_training_and_merging_on_four_bits(
+    folder: Path, keys: dict[str, Any], fused: bool, tmp_path: Path
+) -> None:
     base, facts = load(folder, True)
     before = base(IDS).logits.detach()
     wrapped: Any = attach(base, LoraAdapter(r=8, **keys), facts, seed=0).eval()
+    if fused:
+        use_fused(wrapped)
     assert compare_logits(before, wrapped(IDS).logits.detach(), torch.bfloat16)["within_tolerance"]
     wrapped(IDS).logits.float().square().mean().backward()
     assert all(parameter.grad is not None for parameter in wrapped.parameters() if parameter.requires_grad)

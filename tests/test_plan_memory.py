@@ -1,5 +1,7 @@
 """Memory arithmetic, and the sizes that it starts from against what is really allocated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plan_cases import recipe, tiny_facts
@@ -52,9 +54,17 @@ def test_the_prediction_is_the_worst_phase_not_their_sum() -> None:
     assert training.phases["train"] == training.host_total
     assert training.host["activations"] == 5000 * MEGA
     assert training.device == {}
-    exporting = footprint("cpu", SIZES, activations=10 * MEGA, logits=0)
+    exporting = footprint("cpu", replace(SIZES, compared=300 * MEGA), activations=10 * MEGA, logits=0)
     assert max(exporting.phases, key=lambda name: exporting.phases[name]) == "export"
-    assert exporting.host["exported copy"] == 1000 * MEGA
+    assert exporting.host["compared"] == 300 * MEGA
+
+
+def test_an_export_holds_a_second_copy_of_what_was_trained_alone() -> None:
+    """An adapter's base is freed before the merged model is loaded and compared; trained weights stay."""
+    adapter = footprint("cpu", replace(SIZES, compared=300 * MEGA), activations=0, logits=0)
+    assert adapter.host["exported copy"] == MEGA
+    whole = footprint("cpu", replace(SIZES, adapter=0, trained=1000 * MEGA), activations=0, logits=0)
+    assert whole.host["exported copy"] == 1000 * MEGA
 
 
 def test_a_gpu_holds_the_model_and_the_host_the_copies() -> None:
@@ -106,6 +116,13 @@ def test_full_training_counts_gradients_and_two_moments() -> None:
     assert sizes.weights == sizes.gradients == 4 * facts.parameters
     assert sizes.optimizer == pytest.approx(8 * facts.parameters, rel=0.01)
     assert sizes.libraries == 7
+    assert sizes.compared == 2 * 256 * facts.vocab_size * 4
+
+
+def test_nothing_is_compared_where_nothing_is_exported() -> None:
+    wanted, facts = recipe("export.final=none"), tiny_facts()
+    precision = choose_precision(wanted, CPU)
+    assert count_sizes(wanted, facts, find_trained(wanted, facts), precision, libraries=0).compared == 0
 
 
 def test_precision_follows_what_is_trained() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +38,24 @@ def _show_version(wanted: bool) -> None:
 
         typer.echo(f"shoestring {__version__}")
         raise typer.Exit
+
+
+def _look_first(recipe: str, overrides: Sequence[str] | None) -> None:
+    """Refuse what is wrong at first sight, before the libraries are imported: that takes seconds.
+
+    Raises UserError for a recipe that is not there or not sound, and for SHOESTRING_OPS.
+    """
+    from ..recipes import load_recipe
+
+    load_recipe(recipe, overrides or [])
+    _check_ops()
+
+
+def _check_ops() -> None:
+    if os.environ.get("SHOESTRING_OPS"):  # only then: it takes torch to know what is allowed
+        from ..ops.providers import check_asked
+
+        check_asked()
 
 
 @app.callback()
@@ -82,6 +102,7 @@ def new(
 @app.command(epilog="Example:   shoestring check my.yaml data.max_length=1024")
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check schema, files, tokenizer and masks, and show coloured samples; no weights are loaded."""
+    _look_first(recipe, overrides)
     from .inspect import check_recipe
 
     check_recipe(recipe, overrides or [])
@@ -94,6 +115,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Memory by part, time and cost, before anything is spent; exit code 3 if it does not fit."""
+    _look_first(recipe, overrides)
     from .inspect import show_plan
 
     show_plan(recipe, overrides or [], as_json=json)
@@ -109,6 +131,7 @@ def prune(
     fresh: Annotated[bool, typer.Option("--fresh", help="Prune anew what was pruned before.")] = False,
 ) -> None:
     """Prune the model as training would first; show what is smaller, faster and lost."""
+    _look_first(recipe, overrides)
     from .prune_verb import prune_recipe
 
     prune_recipe(recipe, overrides or [], fresh=fresh)
@@ -143,6 +166,7 @@ def train(
     from .launch import launch, process_start
 
     started = process_start()
+    _look_first(recipe, overrides)
     if dry_run:
         from .inspect import show_plan
 
@@ -208,6 +232,7 @@ def sweep(
     from .launch import process_start
 
     started = process_start()
+    _check_ops()
     from .sweep import read_rungs, sweep_recipe
 
     code = sweep_recipe(

@@ -23,8 +23,9 @@ from ..adapters import (
 )
 from ..models import plain_attention
 from ..offload.streamed_model import StreamedModel
+from ..ops import give_back_freed_memory
 from ..recipes.errors import ShoestringError
-from .objectives import base_model
+from .objectives import LossModule, base_model
 from .streaming import write_merged
 
 
@@ -52,7 +53,7 @@ class Exported:
 
 
 def export_final(
-    model: nn.Module,
+    module: LossModule,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
@@ -65,15 +66,17 @@ def export_final(
 ) -> Exported:
     """Write the trained model to `folder`, load it again and compare logits on `probe` ([1, L] token ids).
 
-    Written aside and renamed, so `folder` is always whole. With `merged` the adapter is merged in place:
-    the trained model is gone afterwards, which spares its memory to the reloaded one. The adapter, if
-    there is one, is saved first: in `folder/adapter` beside a merged model, else as `folder` itself.
+    Written aside and renamed, so `folder` is always whole. The model is taken out of `module`: with `merged`
+    the adapter is merged in place, and the trained model's memory goes to the reloaded one (but for what the
+    optimizer holds, which it trains). The adapter, if there is one, is saved first: in `folder/adapter`
+    beside a merged model, else as `folder` itself.
     autocast: the weights are float32 only for training and are written in bf16. streamed: holds weights of
     the model that are not in memory; it is closed, and the copy is loaded by `load_again(folder, config,
     dtype)`, streamed too.
 
     Raises ShoestringError when the reloaded model does not say what the trained one said.
     """
+    model = module.release()
     reference = model_logits(model, probe)
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -98,6 +101,7 @@ def export_final(
             plain.save_pretrained(aside)
             dtype, device = plain.dtype, plain.device
             del model, plain
+            give_back_freed_memory()
             reloaded = AutoModelForCausalLM.from_pretrained(aside, dtype=dtype).to(device)
         comparison = compare_logits(reference, model_logits(reloaded, probe), dtype=dtype)
         kind = "merged" if has_adapter else "full"
@@ -120,7 +124,7 @@ def export_final(
 
 @torch.no_grad()
 def model_logits(model: nn.Module, probe: Tensor) -> Tensor:
-    """float32 logits [1, L, vocabulary] of `probe`, on the host."""
+    """Logits [1, L, vocabulary] of `probe`, on the host, in the type in which the model gives them."""
     base: Any = base_model(model)
     model.eval()
     weight = base.get_input_embeddings().weight
@@ -130,7 +134,7 @@ def model_logits(model: nn.Module, probe: Tensor) -> Tensor:
         torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=mixed),
     ):
         logits: Tensor = base(input_ids=probe.to(weight.device), use_cache=False).logits
-    return logits.float().cpu()
+    return logits.cpu()
 
 
 def _compare_adapter(

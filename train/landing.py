@@ -17,6 +17,7 @@ from ..data import TokenRows
 from ..offload import Stored
 from ..ops import give_back_freed_memory
 from ..plan import largest
+from ..plan.sizes import PROBE_TOKENS
 from ..recipes import pruning_span
 from .export import Exported, export_final
 from .measuring import eval_kind, evaluate_and_record, keep_loss, measure, record
@@ -27,8 +28,6 @@ from .samples import answer
 from .saving import save_checkpoint
 from .streaming import reload_streamed
 from .tracking import Summary
-
-PROBE_TOKENS = 256  # on which the exported model must agree with the trained one
 
 
 def first_measurements(run: Run) -> None:
@@ -255,7 +254,7 @@ def _export(run: Run) -> Exported | None:
         give_back_freed_memory()  # the last step's activations, before a second model is loaded
         with _timed(run, "export") as event:
             exported = export_final(
-                run.engine.loss_module.model,
+                run.engine.loss_module,
                 run.tokenizer,
                 run.run_dir.final,
                 merged=wanted == "merged",

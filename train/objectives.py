@@ -82,6 +82,11 @@ class LossModule(nn.Module):
         self.model = model
         self.objective = objective
 
+    def release(self) -> nn.Module:
+        """The model, which is not held here any more: whoever takes it can free it."""
+        model, self.model = self.model, nn.Module()
+        return model
+
     def forward(self, batch: Batch) -> Loss:
         """Sum of the batch's losses, float32 scalar; with further sums where the objective has some."""
         return self.objective.loss(self.model, batch)

@@ -82,7 +82,7 @@ def export_run(
         _write_gguf(plain, target, console, quantize=kind, tokenizer=tokenizer, name=run.resolve().name)
         return
     exported = export_final(
-        engine.loss_module.model,
+        engine.loss_module,
         tokenizer,
         output or run / f"export-{to}",
         merged=to == "merged",

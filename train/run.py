@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ..ops import bound_kernel_cache, keep_freed_memory
 from ..ops.memory import map_large_blocks
+from ..ops.providers import check_asked
 from ..recipes import Resolved, load_recipe
 from .building import build
 from .engines import check_engine
@@ -37,6 +38,7 @@ def train_recipe(
     saved and left. Raises ShoestringError of the fitting kind.
     """
     resolved = load_recipe(source, overrides)
+    check_asked()  # not only when the model is built, after the plan's measurement
     quiet_libraries()
     keep_freed_memory()
     if "disk" in (resolved.recipe.offload.optimizer, resolved.recipe.offload.weights):

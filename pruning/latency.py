@@ -8,12 +8,12 @@ step of decoding without a past, N reads a prompt of N tokens; the logits of the
 from __future__ import annotations
 
 import statistics
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -272,8 +272,8 @@ def _forward(model: Any, ids: torch.Tensor) -> float:
     on_gpu = ids.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(ids.device)
-    began = time.perf_counter()
+    began = perf_counter()
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
     if on_gpu:
         torch.cuda.synchronize(ids.device)
-    return time.perf_counter() - began
+    return perf_counter() - began

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 
@@ -15,8 +18,10 @@ assert "triton" not in sys.modules
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import shoestring.plan.machine  # noqa: E402
 import shoestring.plan.measure  # noqa: E402
 import shoestring.train.run  # noqa: E402
+from measured_rates import rates_once  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -32,9 +37,10 @@ def _allocator_left_alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _measured_once() -> Iterator[None]:
-    """The same model with the same settings is measured once a process; that is half of a tiny run's time.
+    """The same model with the same settings is measured once a process, as is the machine.
 
-    What tests the measurement itself calls it by the name that it has imported, and gets the real one.
+    That is half of a tiny run's time. What tests the measurement itself calls it by the name that it has
+    imported, and gets the real one.
     """
     real, found = shoestring.plan.measure.measure, {}
 
@@ -49,7 +55,22 @@ def _measured_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shoestring.plan.measure, "measure", once)
+        patch.setattr(shoestring.plan.machine, "measure_rates", rates_once)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _templates_compiled_once() -> Iterator[None]:
+    """Jinja compiles the page of an adapter's folder anew each time that one is saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection have made stays to the end: the garbage collector need not look again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -69,7 +69,7 @@ class Popen:
         words = [os.fspath(word) for word in command]
         streams = (str(output or os.devnull), str(errors or output or os.devnull))
         self.args = words
-        self._process = CONTEXT.Process(target=_become, args=(words, given, str(cwd or Path.cwd()), *streams))
+        self._process = CONTEXT.Process(target=become, args=(words, given, str(cwd or Path.cwd()), *streams))
         self._process.start()
         self.pid: int = self._process.pid
 
@@ -117,8 +117,8 @@ def run(
     return done
 
 
-def _become(words: list[str], environment: dict[str, str], folder: str, output: str, errors: str) -> None:
-    """In the new process."""
+def become(words: list[str], environment: dict[str, str], folder: str, output: str, errors: str) -> None:
+    """In the new process: the program that `words` start, until it ends."""
     assert "preloaded" in sys.modules, "the server has not imported preloaded.py"
     os.environ.clear()
     os.environ.update(environment)

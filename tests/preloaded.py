@@ -2,12 +2,15 @@
 
 # ruff: noqa: F401
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.pop("PYTHONPATH", None)  # it was for finding this file
 
 import accelerate
 import hf_trainer
 import keeper_processes
+import measured_rates
 import shard_processes
 import shoestring.train.cli
 import shoestring.train.inspect
@@ -18,3 +21,6 @@ import test_keeper_kill
 import test_offload_shadow_kills
 import test_snapshot_hf
 import transformers.trainer
+
+measured_rates.keep_in_this_process()
+measured_rates.rates_once("cpu", Path(tempfile.gettempdir()))

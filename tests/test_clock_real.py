@@ -20,7 +20,8 @@ import pytest
 import tiny
 from forked import CONTEXT
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real clock")]
+pytestmark = pytest.mark.slow
+together = pytest.mark.xdist_group("side by side")
 
 
 BUDGET = 24.0
@@ -182,10 +183,12 @@ def side_by_side(tmp_path_factory):
             process.end()
 
 
+@together
 def test_a_slowdown_by_a_third_half_way(side_by_side):
     landed(side_by_side["slowed"])
 
 
+@together
 def test_a_stopped_process_whose_time_of_day_is_set_twice(side_by_side):
     process = side_by_side["stopped"]
     landed(process)
@@ -195,6 +198,7 @@ def test_a_stopped_process_whose_time_of_day_is_set_twice(side_by_side):
     assert max(gaps) <= 15.0  # an hour of the time of day is not
 
 
+@together
 def test_a_budget_that_is_cut_while_it_runs(side_by_side):
     process = side_by_side["cut"]
     landed(process)

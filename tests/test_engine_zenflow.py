@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import forked_children
 import pytest
 import tiny
 import torch
@@ -184,7 +185,7 @@ def run(recipe: Path, output: str, *arguments: str) -> str:
         [
             sys.executable,
             "-c",
-            "from shoestring.train.cli import main; main()",
+            forked_children.COMMAND,
             "train",
             str(recipe),
             f"output_dir={recipe.parent / output}",

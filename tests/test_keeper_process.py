@@ -296,9 +296,9 @@ def test_the_lease_ends(run: Path) -> None:
         _, keeper = hear(pipe)
         pipe.send(1)
         hear(pipe)
+        died = time.monotonic()
         process.kill()
         process.join()
-    died = time.monotonic()
     until(lambda: not alive(keeper))
     assert 0.4 < time.monotonic() - died < 5
     with trainer(train, run, settings) as (_, pipe):

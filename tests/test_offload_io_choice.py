@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,18 +179,32 @@ def test_rates_are_measured_in_bounded_time_and_leave_nothing(tmp_path: Path) ->
 
 
 def test_rates_are_bytes_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that takes 10 ms for each 4 MiB and has one thread: 0.42 GB/s, reading, writing or both."""
+    """A disk that takes 10 ms for each 4 MiB and has one thread: 0.42 GB/s, reading, writing or both.
+
+    On a clock that only the disk moves, so that no other process is measured; with two threads it is used by
+    both at once.
+    """
+    now, at_once, most = [0.0], [0], [0]
+    turn = threading.Lock()
 
     def slow(self: DirectFile, offset: int, data: memoryview) -> None:
-        time.sleep(0.01)
+        with turn:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+            now[0] += 0.01
+        time.sleep(0.001)
+        with turn:
+            at_once[0] -= 1
 
     monkeypatch.setattr(DirectFile, "read", slow)
     monkeypatch.setattr(DirectFile, "write", slow)
+    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     found = measure_disk(tmp_path, nbytes=32 * MIB, seconds=1.2, threads=1)
     for rate in (found.read, found.write, found.mixed):
-        assert 0.6 * 419e6 < rate < 419.5e6  # a sleep is never shorter
-    two = measure_disk(tmp_path, nbytes=32 * MIB, seconds=1.2, threads=2)
-    assert two.mixed > 1.4 * found.mixed
+        assert rate == pytest.approx(4 * MIB / 0.01)
+    assert most == [1]
+    measure_disk(tmp_path, nbytes=32 * MIB, seconds=1.2, threads=2)
+    assert most == [2]
 
 
 def test_both_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,8 @@ def test_a_quota_is_rounded_up_and_never_below_one() -> None:
     assert usable_cores(None) >= 1
 
 
-def test_probe_says_what_is_free_and_measures_once(tmp_path: Path) -> None:
+def test_probe_says_what_is_free_and_measures_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoestring.plan.machine.measure_rates", measure_rates)  # the real one
     machine = probe(tmp_path / "runs" / "a", device="cpu")
     assert 0 < machine.host_bytes <= machine.host_total_bytes
     assert machine.device_bytes == 0

@@ -177,9 +177,9 @@ def test_text_of_models_and_files_stays_text(tmp_path: Path) -> None:
 
 def test_it_is_quick_and_small(tmp_path: Path) -> None:
     run = write_run(tmp_path, Fake("long", steps=30_000, seconds=7200))
-    began = time.perf_counter()
+    began = time.process_time()  # other processes of a busy machine do not count
     write_report([run.path], run.report)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert run.report.stat().st_size < 300_000
 
 

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
+import forked_children
 import psutil
 import pytest
 import shoestring.train.sweep as sweep_module
@@ -224,9 +225,8 @@ class InProcess:
 
 
 def command(source: Path) -> list[str]:
-    verb = "from shoestring.train.cli import main; main()"
     arguments = ["--over", "optimizer.learning_rate=1e-3,1e-2", "--budget", "steps=90", "--reduction", "2"]
-    return [sys.executable, "-c", verb, "sweep", str(source), *arguments]
+    return [sys.executable, "-c", forked_children.COMMAND, "sweep", str(source), *arguments]
 
 
 def losses(output: Path) -> dict[str, list[tuple[int, float, float]]]:
@@ -251,7 +251,7 @@ def test_killed_with_a_real_model_it_goes_on_to_the_same_bits(tmp_path: Path) ->
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     typed = [*command(recipe), f"output_dir={broken}"]
-    process = subprocess.Popen(typed, env=environment, stdout=subprocess.DEVNULL)
+    process = forked.Popen(typed, env=environment)
     second = broken / "sweep/learning_rate=1e-2/metrics.jsonl"
     end = time.monotonic() + 120
     while not second.exists() or second.read_text().count("\n") < 6:
@@ -263,7 +263,7 @@ def test_killed_with_a_real_model_it_goes_on_to_the_same_bits(tmp_path: Path) ->
     for child in children:
         child.send_signal(signal.SIGKILL)
     assert process.wait(30) == -9
-    done = subprocess.run(typed, env=environment, check=True, capture_output=True, text=True)
+    done = forked.run(typed, env=environment, check=True)
     assert "learning_rate=1e-2 went to its end" in done.stdout
 
     both = (whole / "run", broken)

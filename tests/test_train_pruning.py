@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
+import forked_children
 import pytest
 import tiny
 import torch
@@ -156,9 +157,8 @@ def test_the_plan_before_pruning_is_that_of_the_pruned_model(tmp_path: Path, pru
 @pytest.mark.slow
 def test_one_of_two_processes_prunes_and_both_train_what_it_wrote(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, pruning={"ratio": 0.2} | FEW)
-    shoestring = Path(sys.executable).with_name("shoestring")
-    command = [str(shoestring), "train", str(recipe), "--num-processes", "2"]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-c", forked_children.COMMAND, "train", str(recipe), "--num-processes", "2"]
+    done = forked.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pruned by cfsp") == 1
     assert size(tmp_path / "run/final") == size(tmp_path / "run/pruned") < size(tmp_path / "model")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import forked_children
 import pytest
 import tiny
 import torch
@@ -211,11 +211,11 @@ def test_two_processes_train_as_one(tmp_path: Path, launcher: str) -> None:
     assert train(recipe, f"output_dir={one}") == 0
     arguments = [str(recipe), f"output_dir={two}"]
     if launcher == "ours":
-        start = [sys.executable, "-m", "shoestring.train", *arguments, "--num-processes", "2"]
+        start = [sys.executable, "-c", forked_children.COMMAND, "train", *arguments, "--num-processes", "2"]
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         start = [*torchrun, "-m", "shoestring.train", *arguments]
-    done = subprocess.run(start, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    done = forked.run(start, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for (_, a, rate_a), (_, b, rate_b) in zip(losses(one), losses(two), strict=True):
         assert abs(a - b) < 1e-5
@@ -235,9 +235,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
         "shoestring.train",
         str(recipe),
     ]
-    done = subprocess.run(
-        [*launch, "eval.samples=0"], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
+    done = forked.run([*launch, "eval.samples=0"], env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert summary(tmp_path / "run")["steps"] == 2
 

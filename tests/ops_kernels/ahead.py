@@ -1,6 +1,8 @@
 """Compiles every case of every kernel for one GPU without having it: `python ahead.py CAPABILITY`, JSON out.
 
-In a process of its own, for in one that interprets kernels they cannot be compiled.
+In a process of its own, for in one that interprets kernels they cannot be compiled. What a kernel takes of
+the GPU is read off the machine code; loads and tensor cores off the PTX, which names them one to one, for to
+disassemble a case takes longer than to compile it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from shoestring.ops import kernels
 from shoestring.ops.kernels.case import Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+# 16 bytes of global memory in one instruction: to registers, to shared memory, or a tile by the copy engine.
+WIDE_LOAD = r"ld\.global[.\w:]*\.(v4\.\w32|v2\.\w64)|cp\.async\.c[ag][.\w]*[^;]*, (0x10|16)\b|cp\.async\.bulk"
 
 
 def all_cases() -> list[Case]:
@@ -44,16 +49,17 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code = _cuobjdump(file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", code)
-    assert found, code[:1000]
+        usage = _resource_usage(file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage[:1000]
+    code = compiled.asm["ptx"]
     return {
         "name": case.name,
         "registers": int(found[1]),
         "spilled": int(found[2]),
         "shared": compiled.metadata.shared,
-        "wide": bool(re.search(r"LD(G|GSTS)\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128|UTMALDG", code)),
-        "dots": bool(re.search(r"HGMMA|HMMA|IMMA", code)),
+        "wide": bool(re.search(WIDE_LOAD, code)),
+        "dots": bool(re.search(r"\b(mma\.sync|wgmma\.mma_async)\b", code)),
         "id_is_wide": _id_is_wide(compiled.asm["ttir"]),
         "limits": [case.max_registers, case.max_shared, case.wide, case.dots],
     }
@@ -66,11 +72,10 @@ def _id_is_wide(ir: str) -> bool:
     return not any(side in narrow for pair in products for side in pair)
 
 
-def _cuobjdump(path: str) -> str:
-    """Machine code and what it takes of the GPU."""
+def _resource_usage(path: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    flags = ["-sass", "--dump-resource-usage"]
-    return subprocess.run([tool, *flags, path], capture_output=True, text=True, check=True).stdout
+    command = [tool, "--dump-resource-usage", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

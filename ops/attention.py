@@ -4,7 +4,7 @@ Several rows lie one after the other in one sequence. `segments` = (0, n1, n1 + 
 boundaries and reaches this function as a keyword argument of the model's forward; no token sees another
 row, and no [T, T] mask is built. One dispatch point, `packed_attention`:
 
-    CUDA, half precision     torch's variable-length flash attention, where this torch has it
+    CUDA, half precision     ops/attention_flash.py: torch's own for rows of any length, where it has one
     CPU, no dropout          ops/attention_cpu.py: two to five times the speed of torch's flash kernel
     everything else          `reference`: scaled_dot_product_attention or plain matmuls, row by row
 
@@ -13,16 +13,14 @@ Layouts: query [B, heads, T, d], key and value [B, kv_heads, T, d], result [B, T
 
 from __future__ import annotations
 
-import importlib
 import itertools
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_cpu import blocked_attention
+from .attention_flash import flash_attention, takes
 
 NAME = "shoestring"
 # What some models add to the scores; none of it is ignored in silence.
@@ -169,10 +167,8 @@ def packed_attention(
     longest = max(b - a for a, b in itertools.pairwise(segments))
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     if softcap is None and dropout == 0.0:
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            varlen = _varlen()
-            if varlen is not None and query.shape[0] == 1 and query.shape[-1] == value.shape[-1]:
-                return _flash(varlen, query, key, value, segments, scale, window, longest)
+        if takes(query, key, value):
+            return flash_attention(query, key, value, segments, scale, window, longest)
         if query.device.type == "cpu" and query.shape[0] == 1 and query.dtype != torch.float64:
             return blocked_attention(query, key, value, segments, scale, window)
     return reference(query, key, value, segments, scale, window, softcap, dropout)
@@ -251,39 +247,3 @@ def segments_of(position_ids: Tensor | None, batch: int) -> tuple[int, ...] | No
         return None
     starts = sorted({0, *(position_ids[0] == 0).nonzero().flatten().tolist()})
     return (*starts, position_ids.shape[1]) if len(starts) > 1 else None
-
-
-@cache
-def _varlen() -> Callable[..., Any] | None:
-    try:
-        function: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):  # torch before 2.10
-        return None
-    return function
-
-
-def _flash(
-    varlen: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: tuple[int, ...],
-    scale: float,
-    window: int | None,
-    longest: int,
-) -> Tensor:
-    starts = torch.tensor(segments, dtype=torch.int32, device=query.device)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    output: Tensor = varlen(
-        q,
-        k,
-        v,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return output[None]

@@ -14,7 +14,8 @@ makes a huge step; for the same reason no code of a mean square is zero.
 
 A mean square moves by a thousandth a step, less than half a code, and would stand still under rounding to
 nearest: codes of mean squares are rounded down after adding a `threshold` in [0, 1) that the caller moves
-from step to step, which is right on average. Means are rounded to nearest (half to even).
+from step to step, which is right on average. Means are rounded to nearest (half to even). One threshold is
+for all elements of a step: the average is right over steps, not over the elements of one.
 
 Where a block's scale is zero all of it is zero; what is not finite makes its block NaN.
 """
@@ -142,12 +143,12 @@ def _dynamic_table(signed: bool) -> Tensor:
     positive: list[Tensor] = []
     for decade in range(7):
         count = 2 ** (decade if signed else decade + 1)
-        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float64, device="cpu")
         positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6))
     found = torch.cat(positive)
     sides = [-found, found] if signed else [found]
-    table = torch.cat([*sides, torch.tensor([0.0, 1.0], dtype=torch.float64)]).sort()[0]
-    return table.float()
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
+    return torch.cat([*sides, ends]).sort()[0].float()
 
 
 def _top(law: Law, signed: bool) -> float:

@@ -14,7 +14,6 @@ float32, then the norm alone is infinite.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kept import Kept, sent, stream_of
 from .providers import Provider, choose
 
 BLOCK = 16_384
@@ -30,7 +30,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROW = 4096
 _CHUNK = {"cpu": 1 << 18}  # what stays in a core's cache; elsewhere what is worth a launch
-_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ def pack(
     """
     _check(grads, target)
     if not grads:
-        return Packed(torch.zeros((), dtype=torch.float64), torch.zeros(()))
+        return Packed(torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float32))
     if isinstance(scale, float | int):
-        scale = torch.full((), float(scale), device=grads[0].device)
+        scale = torch.full((), float(scale), dtype=torch.float32, device=grads[0].device)
     if torch.compiler.is_compiling():
         return Packed(*pack_op(list(grads), target, scale))
     return Packed(*_pack(grads, target, scale))
@@ -137,11 +136,13 @@ def table_of(flat: Sequence[Tensor], target: Tensor | None) -> Table:
     """The table of tensors without holes; kept, for gradients mostly come to lie where they lay before."""
     device = flat[0].device
     where = (0, 0) if target is None else (target.data_ptr(), target.element_size())
-    key = (device, where, tuple((t.data_ptr(), t.numel(), t.dtype) for t in flat))
-    found = _tables.get(key)
-    if found is not None:
-        _tables.move_to_end(key)
-        return found
+    stream = stream_of(device)
+    key = (device, stream, where, tuple((t.data_ptr(), t.numel(), t.dtype) for t in flat))
+    return _TABLES.find(key, lambda: _new_table(flat, where, device, stream))
+
+
+def _new_table(flat: Sequence[Tensor], where: tuple[int, int], device: torch.device, stream: int) -> Table:
+    """where: address and bytes an element of the target."""
     place, entries = 0, []
     for tensor in flat:
         if tensor.numel():
@@ -162,17 +163,21 @@ def table_of(flat: Sequence[Tensor], target: Tensor | None) -> Table:
         else:
             runs.append((dtype, not unaligned, first, blocks))
         first += blocks
-    rows = torch.tensor(columns, dtype=torch.int64).view(-1, 5).t().contiguous()
-    owner = torch.repeat_interleave(
-        torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts, dtype=torch.int64)
+    rows = torch.tensor(columns, dtype=torch.int64, device="cpu").view(-1, 5).t().contiguous()
+    owner = _OWNERS.find(  # which stay where addresses do not
+        (tuple(counts), device, stream), lambda: sent(_owner(counts), device)
     )
-    table = _tables[key] = Table(rows.to(device), owner.to(device), runs)
-    while len(_tables) > _KEPT:
-        _tables.popitem(last=False)
-    return table
+    return Table(sent(rows, device), owner, runs)
 
 
-_tables: OrderedDict[object, Table] = OrderedDict()
+def _owner(counts: Sequence[int]) -> Tensor:
+    numbers = torch.arange(len(counts), dtype=torch.int32, device="cpu")
+    return numbers.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+
+
+# A table of all tensors, or a thousand of one tensor each: what steps from inside a backward ask for.
+_TABLES: Kept[Table] = Kept(1 << 18, lambda table: table.rows.numel())
+_OWNERS: Kept[Tensor] = Kept(1 << 24, Tensor.numel)
 
 
 def _by_torch(

@@ -100,24 +100,30 @@ class Int8Weight(Tensor):
 
     @torch.no_grad()
     def requantise_(
-        self, values: Tensor, noise: Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        values: Tensor,
+        noise: Tensor | Callable[[slice], Tensor] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Int8Weight:
         """Take `values` [shape], rounded up or down at random in proportion; scale and zero are made anew.
 
-        code = floor(value / scale + u) + zero with u in [0, 1): `noise` [shape] float32, or drawn piece by
-        piece from `generator`; either is on the weight's device. Right on average for every element
-        (arXiv:2407.08296). Raises ValueError unless exactly one of them is given, and for a wrong shape.
+        code = floor(value / scale + u) + zero with u in [0, 1): `noise` [shape] float32, or what it gives
+        for a slice of the flat elements, or drawn piece by piece from `generator`; either is on the weight's
+        device. Right on average for every element (arXiv:2407.08296). Raises ValueError unless exactly one of
+        them is given, and for a wrong shape.
         """
         if (noise is None) == (generator is None):
             raise ValueError("rounding at random needs either noise or a generator")
-        if values.shape != self.shape or (noise is not None and noise.shape != self.shape):
+        shapes = [values.shape, *([noise.shape] if isinstance(noise, Tensor) else [])]
+        if any(shape != self.shape for shape in shapes):
             raise ValueError(f"values and noise must have the weight's shape {tuple(self.shape)}")
         device = self.codes.device
-        flat = None if noise is None else noise.reshape(-1)
+        given = noise.reshape(-1).__getitem__ if isinstance(noise, Tensor) else noise
 
         def draw(elements: slice) -> Tensor:
-            if flat is not None:
-                return flat[elements]
+            if given is not None:
+                return given(elements)
             return torch.rand(elements.stop - elements.start, generator=generator, device=device)
 
         self._store(values, draw)

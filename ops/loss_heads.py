@@ -157,8 +157,10 @@ class _Totals:
         hidden, weight, bias, low, high = given
         self._hidden, self._weight, self._low, self._high = hidden, weight, low, high
         self._wants, self._inner = wants, inner
-        self._of_hidden = torch.empty_like(hidden) if wants[0] else None
-        self._of_low = torch.empty_like(low) if wants[3] and low is not None else None
+        # Contiguous whatever the strides are: so a compiled graph has been told.
+        rows = torch.contiguous_format
+        self._of_hidden = torch.empty_like(hidden, memory_format=rows) if wants[0] else None
+        self._of_low = torch.empty_like(low, memory_format=rows) if wants[3] and low is not None else None
         self._of_weight: Tensor | None = None
         self._of_high: Tensor | None = None
         self._of_bias: Tensor | None = None

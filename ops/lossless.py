@@ -92,6 +92,8 @@ def decode(
         raise ValueError("compressed weights are damaged: their checksum differs")
     if out is None:
         out = torch.empty(elements, dtype=torch.bfloat16)
+    elif out.device.type != "cpu":
+        raise ValueError(f"the codec decodes on the CPU, not into a tensor on {out.device}")
     elif out.dtype != torch.bfloat16 or out.numel() != elements or not out.is_contiguous():
         raise ValueError(f"{elements:,} bfloat16 elements do not fit {out.dtype} {tuple(out.shape)}")
     bits = out.view(-1).view(torch.int16)
@@ -108,6 +110,7 @@ def decode(
         from .native.lossless import decode as decode_parts_there
 
         fine = decode_parts_there(bits, others, starts, *parts[1:], threads=threads)
+        torch.autograd.graph.increment_version(out)  # as PyTorch's operations do themselves
     else:
         fine = decode_parts(bits, others, starts, *parts[1:])
     if not fine:

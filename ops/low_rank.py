@@ -14,8 +14,9 @@ passes. Nothing of the size of G is made there: neither the scaled gradient nor 
 (and the moments).
 
 Matrices come stacked, [B, m, n], gradients and weights of any strides. noise = (key, start) of
-`rounding.noise_key` and `rounding.noise_start` rounds bfloat16 weights at random, None to nearest. The
-kernels take gradients and weights of 32 and 16 bits; float64 runs on PyTorch's operations.
+`rounding.noise_key` and `rounding.noise_start` rounds bfloat16 weights at random, None to nearest; weights of
+other types are always rounded to nearest. The kernels take gradients and weights of 32 and 16 bits, and tell
+autograd what they wrote; float64 runs on PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .adamw import adamw_update
-from .low_rank_torch import add_rows, channel_factors, channel_squares, moved_step, product, sketch
+from .low_rank_torch import add_rows, channel_factors, channel_squares, moved_step, product, sign_of, sketch
 from .providers import Provider, choose
 from .rounding import Noise
 from .writing import add_step
@@ -114,10 +116,12 @@ def apollo_factors(
         from .kernels import low_rank_write
 
         scaled, raw = low_rank_write.moments(found.parts, exp_avg, exp_avg_sq, betas, eps, grad_scale)
-        return low_rank_write.factors(
+        made = low_rank_write.factors(
             scaled, raw, found.squares, norm, per_channel=per_channel, limit=limit, before=before,
             first=first, rate=rate, grad_scale=grad_scale,
-        ).unsqueeze(2)  # fmt: skip
+        )  # fmt: skip
+        increment_version((exp_avg, exp_avg_sq, norm))
+        return made.unsqueeze(2)
     return channel_factors(found.projected(), _summed(found.squares), exp_avg, exp_avg_sq, norm, *options)
 
 
@@ -134,6 +138,7 @@ def subspace_step(
 
         found = torch.empty_like(projected, dtype=dtype, memory_format=torch.contiguous_format)
         launch(projected.contiguous().unsqueeze(0), exp_avg, exp_avg_sq, betas, eps, None, found, factor)
+        increment_version((exp_avg, exp_avg_sq))
         return found
     return moved_step(projected, exp_avg, exp_avg_sq, betas=betas, eps=eps).mul_(factor).to(dtype)
 
@@ -145,7 +150,8 @@ def add_scaled(weight: Tensor, grad: Tensor, factors: Tensor, *, keep: float, no
     elif provider(weight, grad, factors) == "triton":
         from .kernels.low_rank_write import add_scaled as launch
 
-        launch(weight, grad, factors, keep, noise)
+        launch(weight, grad, factors, keep, _noise_of(weight, noise))
+        increment_version(weight)
     else:
 
         def add(target: Tensor, rows: slice) -> None:
@@ -161,7 +167,8 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, *, keep: float, noi
     elif provider(weight, left, right) == "triton":
         from .kernels.low_rank import add_product as launch
 
-        launch(weight, left, right, keep, noise)
+        launch(weight, left, right, keep, _noise_of(weight, noise))
+        increment_version(weight)
     else:
         _write(weight, lambda target, rows: target.add_(product(left[:, rows], right.mT)), keep, noise)
 
@@ -185,8 +192,10 @@ def add_columns(
 
         launch(
             weight, grad, exp_avg, exp_avg_sq, first, keep=keep, rate=-rate, free=-free,
-            rule=_RULES[rule], betas=betas, eps=eps, step=step, noise=noise, grad_scale=grad_scale,
+            rule=_RULES[rule], betas=betas, eps=eps, step=step, noise=_noise_of(weight, noise),
+            grad_scale=grad_scale,
         )  # fmt: skip
+        increment_version((weight, exp_avg, exp_avg_sq))
     else:
         spans, count, cols = [slice(first, first + exp_avg.shape[2])], exp_avg.shape[2], grad.shape[2]
         if first + count > cols:
@@ -199,7 +208,7 @@ def add_columns(
 
         def add(target: Tensor, rows: slice) -> None:
             rest = grad[:, rows].to(target.dtype, copy=True)
-            rest = rest.sign_() if rule == "sign_sgd" else rest if rule == "sgd" else rest.zero_()
+            rest = sign_of(rest) if rule == "sign_sgd" else rest if rule == "sgd" else rest.zero_()
             rest.mul_(-free)
             if rule == "sgd" and grad_scale is not None:
                 rest.mul_(grad_scale)
@@ -212,6 +221,11 @@ def add_columns(
 
 def _summed(parts: Tensor) -> Tensor:
     return parts.sum(0) if len(parts) > 1 else parts[0] if len(parts) else parts
+
+
+def _noise_of(weight: Tensor, noise: Noise | None) -> Noise | None:
+    """What the kernels get: they round to bfloat16 whatever the weights are."""
+    return noise if weight.dtype == torch.bfloat16 else None
 
 
 def _computing(like: Tensor) -> torch.dtype:

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .adamw import adamw_update, advance
 from .codec import Law, block_of, decode, encode, threshold_at
 from .providers import Provider, choose
 from .step_call import CHANGED, SCHEMA, StepSettings, StepTensors, folded
+from .step_check import check_step
 from .writing import add_step
 
 # Elements at a time of the reference: what it touches then stays in a core's cache.
@@ -45,15 +47,19 @@ def quantised_step(tensors: StepTensors, settings: StepSettings) -> None:
     elif provider == "native":
         from .native.step import step as run
     else:
-        run = reference
+        reference(tensors, settings)
+        return
+    check_step(tensors, settings)
     run(tensors, settings)
+    # What PyTorch's operations tell autograd themselves: a graph made before must not go back through this.
+    increment_version([t for column in tensors.changed for t in column])
 
 
 def _offered(tensors: StepTensors, settings: StepSettings) -> list[Provider]:
     weights, grads, first = tensors.weights, tensors.grads or tensors.weights, tensors.first
     narrow = (torch.float32, torch.bfloat16)
     known = (
-        weights[0].dtype in narrow
+        weights[0].dtype in (narrow if settings.rule != "direction" else (torch.float32,))
         and grads[0].dtype in narrow
         and (settings.law is not None or first[0].dtype in narrow)
     )
@@ -80,7 +86,8 @@ def _step_part(tensors: StepTensors, settings: StepSettings, i: int, part: slice
         g = g * tensors.grad_scale.to(g.dtype)
     m = _read(first[i], first_scales[i : i + 1], part, law, signed=True)
     if rule == "lion":
-        update = m.mul(betas[0]).add_(g, alpha=1 - betas[0]).sign_()
+        c = m.mul(betas[0]).add_(g, alpha=1 - betas[0])
+        update = torch.where(c.isnan(), c, c.sign())  # PyTorch's sign of NaN is 0
         m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
     else:
         v = _read(second[i], second_scales[i : i + 1], part, law, signed=False)
@@ -101,7 +108,8 @@ def _step_part(tensors: StepTensors, settings: StepSettings, i: int, part: slice
     beside = {name: extra[i].view(-1)[part].view(1, -1, 1)} if extra else {}
     noise = [(settings.key, tensors.starts[i] + part.start)]
     keep = 1 - settings.decay
-    add_step([weight.view(1, -1, 1)], [beside], add, keep=keep, mode=settings.mode, noise=noise)
+    # Not by C++: this is what it is held to.
+    add_step([weight.view(1, -1, 1)], [beside], add, keep=keep, mode=settings.mode, noise=noise, native=False)
 
 
 def bytes_per_element(weight: int, grad: int, moments: float, extra: int = 0) -> float:

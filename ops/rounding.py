@@ -40,7 +40,7 @@ def noise_start(index: int, first: int = 0) -> int:
 
 def noise_tile(key: int) -> Tensor:
     """int32 [PERIOD] in [0, 65536): the random bits of all places."""
-    x = torch.arange(PERIOD, dtype=torch.int32).mul_(_signed(GOLDEN)).add_(key)
+    x = torch.arange(PERIOD, dtype=torch.int32, device="cpu").mul_(_signed(GOLDEN)).add_(key)
     x.bitwise_xor_(_shifted(x, 16)).mul_(_signed(MIX_1))
     x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(MIX_2))
     return _shifted(x.bitwise_xor_(_shifted(x, 16)), 16)
@@ -70,7 +70,9 @@ def dither_(values: Tensor, noise: Tensor) -> Tensor:
 
     Infinity stays. A NaN whose payload would be carried away comes out as the canonical NaN.
     """
-    nan = values.isnan() if values.device.type != "cpu" else None
+    # On a CPU `isnan` costs several times the rounding, a sum in the cache little: NaN where anything is.
+    checked = values.device.type != "cpu" or not bool(values.sum().isfinite())
+    nan = values.isnan() if checked else None
     bits = values.view(torch.int32)
     bits.add_(noise.view(bits.shape)).bitwise_and_(-65536)
     return values if nan is None else values.masked_fill_(nan, float("nan"))

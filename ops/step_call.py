@@ -48,6 +48,11 @@ class StepTensors(NamedTuple):
             self.second_scales, self.extra,
         ]  # fmt: skip
 
+    @property
+    def changed(self) -> list[list[Tensor]]:
+        """The lists that a step writes to."""
+        return [self.weights, self.first, self.first_scales, self.second, self.second_scales, self.extra]
+
 
 class StepSettings(NamedTuple):
     """The formula and its numbers. Of a direction rule, law, betas, eps and step are read alone.

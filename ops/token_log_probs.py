@@ -116,7 +116,8 @@ def _backward(grad: Tensor, given: _Given, log_sum: Tensor, wants: Sequence[bool
     """Gradients by hidden, in its type, and by weight and bias, in float32."""
     h, w, bias, labels, softcap = given
     inner = log_sum.dtype
-    grad_hidden = torch.empty_like(h) if wants[0] else None
+    # contiguous whatever the strides are: so a compiled graph has been told
+    grad_hidden = torch.empty_like(h, memory_format=torch.contiguous_format) if wants[0] else None
     grad_weight = torch.zeros(w.shape, dtype=inner, device=h.device) if wants[1] else None
     grad_bias = torch.zeros(w.shape[0], dtype=inner, device=h.device) if wants[2] else None
     in_place = _provider(h) == "triton"

@@ -42,13 +42,16 @@ def add_step(
     keep: float,
     mode: Mode,
     noise: Sequence[Noise],
+    native: bool = True,
 ) -> None:
     """weights ← keep · weights + step, where all weights [E, m, n] are of one shape and type.
 
     keep: 1 - rate · weight decay. states: each with its `master` or `compensation` where the mode has one.
-    noise: of each weight; read for bfloat16 weights in the modes sr and kahan alone.
+    noise: of each weight; read for bfloat16 weights in the modes sr and kahan alone. native: C++ may do it.
     """
     shape, device = weights[0].shape, weights[0].device
+    if not shape.numel():
+        return
     most = _CPU_ELEMENTS if device.type == "cpu" else _CUDA_ELEMENTS
     size = max(1, most // (shape[0] * shape[2] * len(weights)))
     runs = [slice(first, min(first + size, shape[1])) for first in range(0, shape[1], size)]
@@ -56,14 +59,15 @@ def add_step(
     if in_place and len(weights) == 1:
         for rows in runs:
             target = weights[0][:, rows]
-            step(target.mul_(keep) if keep != 1.0 else target, rows)
+            step(_decayed(target, keep), rows)
         return
     known = weights[0].dtype == torch.bfloat16 and all(w.is_contiguous() for w in weights)
-    if choose("writing", device, ["native"] if known else []) == "native":
+    if native and choose("writing", device, ["native"] if known else []) == "native":
         from .native.step import write
 
         for rows in runs:
-            target = torch.zeros(len(weights) * shape[0], rows.stop - rows.start, shape[2])
+            size_of = len(weights) * shape[0], rows.stop - rows.start, shape[2]
+            target = torch.zeros(size_of, dtype=torch.float32, device=device)
             step(target, rows)
             write(weights, states, target, rows, keep=keep, mode=mode, noise=noise)
         return
@@ -97,8 +101,8 @@ def _write(
             target.add_(torch.cat(parts), alpha=keep - 1.0)
     else:
         target = parts[0].float() if len(parts) == 1 else torch.cat(parts).float()
-    if keep != 1.0 and (in_place or mode != "kahan"):
-        target.mul_(keep)
+    if in_place or mode != "kahan":
+        _decayed(target, keep)
     step(target, rows)
     pieces = torch.split(target, shape[0])
     if in_place:
@@ -121,6 +125,11 @@ def _write(
             for which, piece in enumerate(pieces):
                 _dither(piece, noise[which], shape, rows)
         torch._foreach_copy_(parts, list(pieces))
+
+
+def _decayed(target: Tensor, keep: float) -> Tensor:
+    """`target`, in place, times `keep`, which float32 itself would round to a multiple of 6e-8."""
+    return target.add_(target, alpha=keep - 1.0) if keep != 1.0 else target
 
 
 def _dither(values: Tensor, noise: Noise, shape: torch.Size, rows: slice) -> None:

@@ -40,7 +40,7 @@ def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype, *, rule
 def new_state(state: State, weight: Tensor, group: dict[str, Any]) -> None:
     """Zero moments (lion's is one), the step counter, and what the mode of writing keeps."""
     bits, shape, code = group["state_bits"], tuple(weight.shape), group.get("state_code", "companded")
-    state["step"] = torch.zeros((), dtype=torch.int64)
+    state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
     new_moment(state, "exp_avg", shape, bits=bits, like=weight, code=code)
     if group.get("rule") != "lion":
         new_moment(state, "exp_avg_sq", shape, bits=bits, like=weight, signed=False, code=code)
@@ -107,7 +107,7 @@ def _fused(
     step: int,
     eps: float,
 ) -> None:
-    count = torch.full((), float(step), device=weights[0].device)
+    count = torch.full((), float(step), dtype=torch.float32, device=weights[0].device)
     torch._fused_adamw_(
         weights,
         grads,

@@ -21,7 +21,7 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for grad in grads:
         kinds.setdefault((grad.device, grad.dtype), []).append(grad)

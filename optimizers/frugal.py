@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ops.low_rank import add_columns
+from ..ops.low_rank_torch import sign_of
 from .active import active_shape, columns_of
 from .active import seed_of as _seed
 from .adamw import adamw_update
@@ -60,10 +61,10 @@ def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost
 
 
 def state_free(rest: Tensor, rule: str, scale: Tensor | None = None) -> Tensor:
-    """Direction of the part without state; scale: what clipping multiplies the gradient by."""
+    """Direction of the part without state, NaN for NaN; scale: what clipping multiplies the gradient by."""
     if rule == "sgd":
         return rest if scale is None else rest * scale
-    return rest.sign() if rule == "sign_sgd" else torch.zeros_like(rest)
+    return sign_of(rest) if rule == "sign_sgd" else torch.zeros_like(rest)
 
 
 class FRUGAL(TwoPassOptimizer):

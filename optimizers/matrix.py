@@ -174,7 +174,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if group["kind"] == "adamw":
             adamw.new_state(state, weight, group)
             return state
-        state["step"] = torch.zeros((), dtype=torch.int64)
+        state["step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         self.new_state(state, _stack(weight), group)
         prepare(state, weight, group["weights"])
         return state

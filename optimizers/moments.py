@@ -1,7 +1,8 @@
 """State in 32, 16, 8 or 4 bits: plain tensors in an optimizer's `state`, read and written by range.
 
-32 is the arithmetic's own type (float32, or float64 for float64 weights) and is changed in place; 16 is
-bfloat16; 8 and 4 are blockwise codes of `ops/codec.py`, whose law the name of their scales says: `KEY_scale`
+32 is the arithmetic's own type (float32, or float64 for float64 weights) and is changed in place, and moments
+of float64 weights have it whatever the bits; 16 is bfloat16; 8 and 4 are blockwise codes of `ops/codec.py`,
+whose law the name of their scales says: `KEY_scale`
 for the square laws in 8 bits, `KEY_scale_linear`, `KEY_scale_dynamic`, `KEY_scale_four`.
 """
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.codec import LAWS, Law, block_of, code_count, decode, encode, scale_count, threshold_at
-from ..ops.quantised_step import quantised_direction
+from ..ops.quantised_step import quantised_step
+from ..ops.step_call import StepSettings, StepTensors
 
 BLOCK = 256
 """Elements that share one scale in 8 bits; ranges of state start at multiples of it."""
@@ -30,12 +32,17 @@ def computing_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def moment_bytes(elements: int, bits: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of one moment of `elements` elements for weights of `dtype`."""
-    if bits == 32 or elements < SMALLEST:
+    if _is_whole(elements, bits, dtype):
         return elements * computing_dtype(dtype).itemsize
     if bits == 16:
         return 2 * elements
     law: Law = "four" if bits == 4 else "companded"
     return code_count(elements, law) + 4 * scale_count(elements, law)
+
+
+def _is_whole(elements: int, bits: int, dtype: torch.dtype) -> bool:
+    """Whether a moment has the computing type: who computes in float64 has not asked for few digits."""
+    return bits == 32 or elements < SMALLEST or dtype == torch.float64
 
 
 def new_moment(
@@ -54,7 +61,7 @@ def new_moment(
     """
     elements = torch.Size(shape).numel()
     device = like.device
-    if bits == 32 or elements < SMALLEST:
+    if _is_whole(elements, bits, like.dtype):
         state[key] = torch.zeros(shape, dtype=computing_dtype(like.dtype), device=device)
     elif bits == 16:
         state[key] = torch.zeros(shape, dtype=torch.bfloat16, device=device)
@@ -63,7 +70,8 @@ def new_moment(
         dtype = torch.int8 if signed else torch.uint8
         stored = (code_count(elements, law),) if bits == 4 else shape
         state[key] = torch.zeros(stored, dtype=dtype, device=device)
-        state[_scale_key(key, law)] = torch.zeros(scale_count(elements, law), device=device)
+        scales = torch.zeros(scale_count(elements, law), dtype=torch.float32, device=device)
+        state[_scale_key(key, law)] = scales
     else:
         raise ValueError(f"state_bits is {bits}; allowed: 32, 16, 8, 4")
 
@@ -126,17 +134,28 @@ def advance(
     Both moments of all states, which are alike, move on.
     """
     values = values.float().contiguous()
-    quantised_direction(
-        list(values.chunk(len(states))),
-        [state["exp_avg"] for state in states],
-        scales_of(states, "exp_avg"),
-        [state["exp_avg_sq"] for state in states],
-        scales_of(states, "exp_avg_sq"),
+    tensors = StepTensors(
+        weights=list(values.chunk(len(states))),
+        grads=[],
+        first=[state["exp_avg"] for state in states],
+        first_scales=scales_of(states, "exp_avg"),
+        second=[state["exp_avg_sq"] for state in states],
+        second_scales=scales_of(states, "exp_avg_sq"),
+        extra=[],
+        starts=[0] * len(states),
+    )
+    settings = StepSettings(
+        rule="direction",
         law=law_of(states[0], "exp_avg"),
+        mode="plain",
+        lr=1.0,
         betas=betas,
         eps=eps,
+        weight_decay=0.0,
         step=step,
+        key=0,
     )
+    quantised_step(tensors, settings)
     return values
 
 

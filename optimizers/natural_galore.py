@@ -30,10 +30,14 @@ _ELEMENTS = 1 << 16  # of a gradient at a time: what is read in float32 stays sm
 
 
 def state_bytes(shape: tuple[int, ...], config: Any, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of state for a matrix: GaLore's, the history in bfloat16, and its Gram matrix in float64."""
+    """Bytes of state for a matrix: GaLore's, the history in bfloat16, and its Gram matrix in float64.
+
+    The history of float64 weights is float64 too.
+    """
     stack, (m, n) = torch.Size(shape[:-2]).numel(), shape[-2:]
     past: int = stack * config.history * max(m, n) * min(resolve_rank(config.rank, shape), m, n)
-    return galore.state_bytes(shape, config, dtype) + 2 * past + 8 * stack * int(config.history) ** 2
+    width = 8 if dtype == torch.float64 else 2
+    return galore.state_bytes(shape, config, dtype) + width * past + 8 * stack * int(config.history) ** 2
 
 
 def update_cost(shape: tuple[int, ...], config: Any, dtype: torch.dtype) -> Cost:

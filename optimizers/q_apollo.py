@@ -39,8 +39,12 @@ class QAPOLLO(APOLLO):
         value = p.dequantise(torch.float32)
         value.mul_(1 - float(group["lr"]) * group["weight_decay"])
         change(value.unsqueeze(0), slice(0, len(value)))
-        noise = noise_window(self._noise_of(p, group), 0, value.numel(), value.device)
-        p.requantise_(value, noise.view(value.shape) * _UNIT)
+        noise = self._noise_of(p, group)
+
+        def draw(part: slice) -> Tensor:
+            return noise_window(noise, part.start, part.stop - part.start, value.device) * _UNIT
+
+        p.requantise_(value, draw)
 
 
 def int8_bytes(shape: tuple[int, ...], group_size: int) -> int:

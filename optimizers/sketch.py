@@ -33,7 +33,7 @@ class SketchPool:
         pool = self._held.get((device, dtype))
         if pool is None:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + refresh) & 0x7FFF_FFFF_FFFF)
-            drawn = torch.randn(self.length, generator=generator)
+            drawn = torch.randn(self.length, generator=generator, dtype=torch.float32)
             pool = self._held[device, dtype] = drawn.to(device=device, dtype=dtype)
         first = SHIFT * index
         window = pool[first : first + k * r].view(k, r)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from shoestring.offload import offload_optimizer
-from shoestring.ops import native, providers
+from shoestring.ops import providers
 from shoestring.ops.codec import LAWS
 from shoestring.optimizers import AdamW, Lion, Slot, clip_by_global_norm, clip_for_step, state_bytes
 from shoestring.recipes import AdamW as AdamWConfig
@@ -203,17 +203,6 @@ def test_without_a_compiler_pytorch_steps_and_one_line_says_so(
     assert lines == "[]" if path == "whole" else reason in lines
     made = list((tmp_path / "shoestring").rglob("*.so"))
     assert len(made) == (path == "whole")
-
-
-def test_the_library_is_kept_where_only_this_user_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = native._folder()
-    assert folder == tmp_path / "shoestring" / "native"
-    assert folder.stat().st_mode & 0o077 == 0
-    folder.chmod(0o777)
-    assert native._folder() != folder
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..codec import Law, block_of
 from .case import Case
+from .launching import on_device_of
 from .numbers import LAW_NUMBERS, decoded, encoded, table_of
 
 ROWS = 16
@@ -69,20 +70,22 @@ def encode(value: Tensor, codes: Tensor, scales: Tensor, law: Law, *, signed: bo
     """As `codec.encode`, whose arguments it takes; all contiguous."""
     elements, block = value.numel(), block_of(law)
     rows = FEWER_ROWS if law == "dynamic" else ROWS
-    encode_kernel[(triton.cdiv(elements, block * rows),)](
-        value, codes.view(torch.int8), scales, table_of(law, signed, value.device), elements, threshold,
-        LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=rows, num_warps=8,
-    )  # fmt: skip
+    with on_device_of(value):
+        encode_kernel[(triton.cdiv(elements, block * rows),)](
+            value, codes.view(torch.int8), scales, table_of(law, signed, value.device), elements, threshold,
+            LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=rows, num_warps=8,
+        )  # fmt: skip
 
 
 def decode(codes: Tensor, scales: Tensor, elements: int, law: Law, *, signed: bool) -> Tensor:
     """As `codec.decode`."""
-    value = torch.empty(elements, device=codes.device)
+    value = torch.empty(elements, dtype=torch.float32, device=codes.device)
     block = block_of(law)
-    decode_kernel[(triton.cdiv(elements, block * ROWS),)](
-        codes.view(torch.int8), scales, value, table_of(law, signed, codes.device), elements,
-        LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=ROWS, num_warps=8,
-    )  # fmt: skip
+    with on_device_of(value):
+        decode_kernel[(triton.cdiv(elements, block * ROWS),)](
+            codes.view(torch.int8), scales, value, table_of(law, signed, codes.device), elements,
+            LAW=LAW_NUMBERS[law], SIGNED=signed, BLOCK=block, ROWS=ROWS, num_warps=8,
+        )  # fmt: skip
     return value
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .case import Case
+from .launching import on_device_of
 
 BLOCK, WARPS = 8192, 16
 
@@ -94,7 +95,7 @@ def losses_of_rows(
 
     The logits are contiguous, labels int64 and each in [0, V): what comes of another one is NaN.
     """
-    losses, sums = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    losses, sums = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
     _launch(logits, labels, sums, bias, softcap, smoothing, losses=losses, gradient=gradient)
     return losses, sums
 
@@ -128,13 +129,14 @@ def _launch(
     if not len(logits):
         return
     # of what is not there any pointer
-    rows_kernel[(len(logits),)](
-        logits, logits if bias is None else bias.contiguous(), labels.contiguous(),
-        sums if factors is None else factors, sums if losses is None else losses, sums,
-        logits.shape[1], 1.0 if softcap is None else softcap, smoothing,
-        LOSS=losses is not None, GRADIENT=gradient, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
-        HAS_FACTOR=factors is not None, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with on_device_of(logits):
+        rows_kernel[(len(logits),)](
+            logits, logits if bias is None else bias.contiguous(), labels.contiguous(),
+            sums if factors is None else factors, sums if losses is None else losses, sums,
+            logits.shape[1], 1.0 if softcap is None else softcap, smoothing,
+            LOSS=losses is not None, GRADIENT=gradient, HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None, HAS_FACTOR=factors is not None, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _cases() -> list[Case]:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .case import Case
+from .launching import on_device_of
 
 
 class Tiles(NamedTuple):
@@ -78,11 +79,12 @@ def gathered(grad: Tensor, indices: Tensor, kept: Tensor, total: Tensor) -> None
         return
     tiles = _tiles(total.device)
     grid = (triton.cdiv(out_width, tiles.out) * triton.cdiv(in_width, tiles.inner),)
-    gathered_kernel[grid](
-        grad, indices, kept, total, chosen, out_width, in_width, grad.stride(0), kept.stride(0),
-        OUT=tiles.out, IN=tiles.inner, ROWS=tiles.rows, GROUP=GROUP,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    with on_device_of(total):
+        gathered_kernel[grid](
+            grad, indices, kept, total, chosen, out_width, in_width, grad.stride(0), kept.stride(0),
+            OUT=tiles.out, IN=tiles.inner, ROWS=tiles.rows, GROUP=GROUP,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
 
 
 def _tiles(device: torch.device) -> Tiles:

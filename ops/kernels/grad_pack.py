@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..grad_pack import BLOCK, KINDS, table_of
 from .case import Case
+from .launching import on_device_of
 
 TILE = 2048
 WARPS = 8
@@ -87,14 +88,15 @@ def pack_kernel(
 def pack(flat: Sequence[Tensor], target: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """float32 [blocks]: sums of squares and largest of each block of tensors without holes."""
     table = table_of(flat, target)
-    sums, tops = torch.empty(2, len(table.owner), device=table.owner.device)
-    for dtype, aligned, first, blocks in table.runs:
-        pack_kernel[(blocks,)](
-            table.rows, table.owner, sums, tops, sums if target is None else target,
-            sums if scale is None else scale, table.rows.shape[1], first,
-            SOURCE=KINDS[dtype], COPY=target is not None, SCALED=scale is not None, ALIGNED=aligned,
-            BLOCK=BLOCK, TILE=TILE, num_warps=WARPS,
-        )  # fmt: skip
+    sums, tops = torch.empty(2, len(table.owner), dtype=torch.float32, device=table.owner.device)
+    with on_device_of(sums):
+        for dtype, aligned, first, blocks in table.runs:
+            pack_kernel[(blocks,)](
+                table.rows, table.owner, sums, tops, sums if target is None else target,
+                sums if scale is None else scale, table.rows.shape[1], first,
+                SOURCE=KINDS[dtype], COPY=target is not None, SCALED=scale is not None, ALIGNED=aligned,
+                BLOCK=BLOCK, TILE=TILE, num_warps=WARPS,
+            )  # fmt: skip
     return sums, tops
 
 

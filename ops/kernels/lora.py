@@ -29,6 +29,7 @@ from .. import rounding
 from ..lora import UP_COLUMNS, UP_ROWS
 from ..lora_dropout import threshold
 from .case import Case
+from .launching import on_device_of
 
 _GOLDEN = tl.constexpr(rounding.GOLDEN)
 _MIX_1, _MIX_2 = tl.constexpr(rounding.MIX_1), tl.constexpr(rounding.MIX_2)
@@ -149,10 +150,11 @@ def down(x: Tensor, a: Tensor, dropout: float, seed: int) -> Tensor:
     (rows, columns), rank = x.shape, a.shape[0]
     h = x.new_empty(rows, rank)
     if h.numel():
-        down_kernel[(triton.cdiv(rows, _DOWN["BLOCK_T"]),)](
-            x, a, h, rows, columns, rank, x.stride(0), seed, threshold(dropout) - 32768,
-            **_DOWN, RANK=_padded(rank), PRECISION=_precision(x), num_warps=4, num_stages=3,
-        )  # fmt: skip
+        with on_device_of(x):
+            down_kernel[(triton.cdiv(rows, _DOWN["BLOCK_T"]),)](
+                x, a, h, rows, columns, rank, x.stride(0), seed, threshold(dropout) - 32768,
+                **_DOWN, RANK=_padded(rank), PRECISION=_precision(x), num_warps=4, num_stages=3,
+            )  # fmt: skip
     return h
 
 
@@ -161,14 +163,15 @@ def up_backward(grad: Tensor, b: Tensor, h: Tensor, scale: float) -> tuple[Tenso
     grad, b, h = _dense_rows(grad), b.contiguous(), _dense_rows(h)
     (rows, columns), rank = grad.shape, b.shape[1]
     over = triton.cdiv(rows, UP_ROWS), triton.cdiv(columns, UP_COLUMNS)
-    dh = torch.empty(over[1], rows, rank, device=grad.device)
-    db = torch.empty(over[0], columns, rank, device=grad.device)
+    dh = torch.empty(over[1], rows, rank, dtype=torch.float32, device=grad.device)
+    db = torch.empty(over[0], columns, rank, dtype=torch.float32, device=grad.device)
     if rows and columns:
-        up_backward_kernel[over](
-            grad, b, h, dh, db, rows, columns, rank, grad.stride(0), h.stride(0), scale,
-            ROWS=UP_ROWS, **_UP_BACK, RANK=_padded(rank), PRECISION=_precision(grad),
-            num_warps=8, num_stages=2,
-        )  # fmt: skip
+        with on_device_of(grad):
+            up_backward_kernel[over](
+                grad, b, h, dh, db, rows, columns, rank, grad.stride(0), h.stride(0), scale,
+                ROWS=UP_ROWS, **_UP_BACK, RANK=_padded(rank), PRECISION=_precision(grad),
+                num_warps=8, num_stages=2,
+            )  # fmt: skip
     return dh.sum(0).to(grad.dtype), db.sum(0)
 
 
@@ -179,13 +182,14 @@ def down_backward(x: Tensor, dh: Tensor, a: Tensor, dx: Tensor | None, dropout: 
     if dx is not None and not dx.is_contiguous():
         raise ValueError("the gradient of x is added to in place, and must be contiguous")
     over = triton.cdiv(rows, DOWN_ROWS), triton.cdiv(columns, _down_back(rank)["BLOCK_K"])
-    da = torch.empty(over[0], rank, columns, device=x.device)
+    da = torch.empty(over[0], rank, columns, dtype=torch.float32, device=x.device)
     if rows and columns:
-        down_backward_kernel[over](
-            x, dh, a, x if dx is None else dx, da, rows, columns, rank, x.stride(0), seed,
-            threshold(dropout) - 32768, ROWS=DOWN_ROWS, **_down_back(rank), RANK=_padded(rank),
-            WANTS_X=dx is not None, PRECISION=_precision(x), num_warps=8, num_stages=2,
-        )  # fmt: skip
+        with on_device_of(x):
+            down_backward_kernel[over](
+                x, dh, a, x if dx is None else dx, da, rows, columns, rank, x.stride(0), seed,
+                threshold(dropout) - 32768, ROWS=DOWN_ROWS, **_down_back(rank), RANK=_padded(rank),
+                WANTS_X=dx is not None, PRECISION=_precision(x), num_warps=8, num_stages=2,
+            )  # fmt: skip
     return da.sum(0)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .case import Case
+from .launching import on_device_of
 from .numbers import dithered, noise_at
 
 # Programs that fill a GPU, the same number on each so that sums are the same.
@@ -82,11 +83,11 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["key", "start"])
 def add_product_kernel(
-    weight, left, right, rows, cols, rank, weight_matrix, weight_row, weight_col, keep, key, start,
+    weight, left, right, rows, cols, rank, weight_matrix, weight_row, weight_col, decay, key, start,
     NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weight [B, rows, cols] = keep weight + left [B, rows, rank] right [B, cols, rank]ᵀ."""
+    """weight [B, rows, cols] = (1 - decay) weight + left [B, rows, rank] right [B, cols, rank]ᵀ."""
     program = tl.program_id(0).to(tl.int64)
     matrix = tl.program_id(1).to(tl.int64)
     # Down GROUP tiles before the next column of tiles: what neighbours read of both sides stays in the cache.
@@ -108,7 +109,8 @@ def add_product_kernel(
         right_at += INNER
     at = weight + matrix * weight_matrix + row * weight_row + col[None, :] * weight_col
     there = (row < rows) & (col < cols)[None, :]
-    value = tl.load(at, mask=there, other=0.0).to(tl.float32) * tl.cast(keep, tl.float32) + product
+    old = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    value = old - tl.cast(decay, tl.float32) * old + product
     if NOISE:
         value = dithered(value, noise_at(start + (matrix * rows + row) * cols + col[None, :], key))
     tl.store(at, value.to(weight.dtype.element_ty), mask=there)
@@ -126,14 +128,15 @@ def project(grad: Tensor, projection: Tensor, *, squares: bool) -> tuple[Tensor,
     per_part = -(-short // min(most, -(-PROGRAMS // max(1, programs * matrices))))
     per_part = -(-per_part // tiles["SHORT"]) * tiles["SHORT"]
     count = triton.cdiv(short, per_part)
-    parts = torch.empty(count, matrices, long, rank, device=grad.device)
-    sums = torch.empty((count, matrices, long) if squares else 0, device=grad.device)
+    parts = torch.empty(count, matrices, long, rank, dtype=torch.float32, device=grad.device)
+    sums = parts.new_empty((count, matrices, long) if squares else 0)
     strides = (grad.stride(0), grad.stride(1), grad.stride(2))
-    project_kernel[(programs, count, matrices)](
-        grad, projection, parts, sums, matrices, long, short, rank, per_part, *strides,
-        projection.stride(0) if len(projection) > 1 else 0,
-        SQUARES=squares, PRECISION="ieee", **tiles, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with on_device_of(grad):
+        project_kernel[(programs, count, matrices)](
+            grad, projection, parts, sums, matrices, long, short, rank, per_part, *strides,
+            projection.stride(0) if len(projection) > 1 else 0,
+            SQUARES=squares, PRECISION="ieee", **tiles, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return parts, sums
 
 
@@ -146,10 +149,11 @@ def add_product(
     tiles, warps = _product_tiles(rank, left.dtype)
     programs = triton.cdiv(rows, tiles["ROWS"]) * triton.cdiv(cols, tiles["COLS"])
     key, start = noise or (0, 0)
-    add_product_kernel[(programs, matrices)](
-        weight, left.contiguous(), right.contiguous(), rows, cols, rank, *weight.stride(), keep, key, start,
-        NOISE=noise is not None, PRECISION="ieee", **tiles, num_warps=warps, num_stages=3,
-    )  # fmt: skip
+    with on_device_of(weight):
+        add_product_kernel[(programs, matrices)](
+            weight, left.contiguous(), right.contiguous(), rows, cols, rank, *weight.stride(), 1.0 - keep,
+            key, start, NOISE=noise is not None, PRECISION="ieee", **tiles, num_warps=warps, num_stages=3,
+        )  # fmt: skip
 
 
 def _tiles(rank: int, dtype: torch.dtype, *, along: bool) -> tuple[dict[str, int], int, int]:
@@ -204,7 +208,7 @@ def _cases() -> list[Case]:
         signature = {
             "weight": f"*{weight}", "left": f"*{dtype}", "right": f"*{dtype}",
             **dict.fromkeys(("rows", "cols", "rank", "key", "start"), "i32"),
-            **dict.fromkeys(("weight_matrix", "weight_row"), "i64"), "keep": "fp32",
+            **dict.fromkeys(("weight_matrix", "weight_row"), "i64"), "decay": "fp32",
         }  # fmt: skip
         shape = {"NOISE": noise, "PRECISION": "ieee", "weight_col": 1, **tiles}
         aligned = ("rows", "cols", "rank", "weight_matrix", "weight_row")

@@ -2,19 +2,20 @@
 
 `moments` reads the sketch once, moves both moments, and gives the norms of each channel (APOLLO) or the step
 in the subspace (GaLore). `factors` makes of the norms one number a channel, with the limiter of growth: one
-program a matrix. `add_scaled` and `columns` read the gradient and write the weights.
+program a matrix. `add_scaled` and `columns` read the gradient and write the weights; they get 1 - keep, for
+float32 has few numbers just below 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .case import Case
+from .launching import on_device_of
 from .numbers import dithered, noise_at
 
 ELEMENTS = 4096  # of a tile; half of it where moments are kept in registers too
@@ -114,13 +115,15 @@ def factors_kernel(
 @triton.jit(do_not_specialize=["key", "start"])
 def add_scaled_kernel(
     weight, grad, factors, rows, cols, weight_matrix, weight_row, weight_col,
-    grad_matrix, grad_row, grad_col, keep, key, start,
+    grad_matrix, grad_row, grad_col, decay, key, start,
     BY: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """weight [B, rows, cols] = keep weight + factor grad; BY 0: a factor a matrix, 1: a row, 2: a column."""
-    matrix = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS))[None, :]
+    """weight [B, m, n] = (1 - decay) weight + factor grad; BY 0: a factor a matrix, 1: a row, 2: a column."""
+    matrix = tl.program_id(1).to(tl.int64)
+    # Along a row before the next: all tiles in one axis of the grid, for the others end at 65,535.
+    tile, across = tl.program_id(0), tl.cdiv(cols, COLS)
+    row = ((tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = ((tile % across).to(tl.int64) * COLS + tl.arange(0, COLS))[None, :]
     there = (row < rows) & (col < cols)
     if BY == 0:
         factor = tl.load(factors + matrix)
@@ -131,7 +134,8 @@ def add_scaled_kernel(
     g_at = grad + matrix * grad_matrix + row * grad_row + col * grad_col
     g = tl.load(g_at, mask=there, other=0.0).to(tl.float32)
     at = weight + matrix * weight_matrix + row * weight_row + col * weight_col
-    value = tl.load(at, mask=there, other=0.0).to(tl.float32) * tl.cast(keep, tl.float32) + g * factor
+    old = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    value = old - tl.cast(decay, tl.float32) * old + g * factor
     if NOISE:
         value = dithered(value, noise_at(start + (matrix * rows + row) * cols + col, key))
     tl.store(at, value.to(weight.dtype.element_ty), mask=there)
@@ -140,14 +144,16 @@ def add_scaled_kernel(
 @triton.jit(do_not_specialize=["key", "start", "first", "count"])
 def columns_kernel(
     weight, grad, exp_avg, exp_avg_sq, rows, cols, first, count, weight_matrix, weight_row, weight_col,
-    grad_matrix, grad_row, grad_col, grad_scale, keep, rate, free, rest1, beta2, rest2, eps, correct1,
+    grad_matrix, grad_row, grad_col, grad_scale, decay, rate, free, rest1, beta2, rest2, eps, correct1,
     correct2, key, start,
     RULE: tl.constexpr, SCALED: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Adam on `count` columns from `first` on, round the end; others: RULE 0 nothing, 1 sign, 2 itself."""
-    matrix = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    col = (tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS))[None, :]
+    matrix = tl.program_id(1).to(tl.int64)
+    # Along a row before the next: all tiles in one axis of the grid, for the others end at 65,535.
+    tile, across = tl.program_id(0), tl.cdiv(cols, COLS)
+    row = ((tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = ((tile % across).to(tl.int64) * COLS + tl.arange(0, COLS))[None, :]
     there = (row < rows) & (col < cols)
     # Moments lie in the order of the columns: those that went round the end come before the others.
     over = tl.maximum(first + count - cols, 0)
@@ -167,14 +173,14 @@ def columns_kernel(
     bottom = tl.sqrt_rn(v) * tl.cast(correct2, tl.float32) + tl.cast(eps, tl.float32)
     step = m / bottom * tl.cast(correct1, tl.float32) * tl.cast(rate, tl.float32)
     if RULE == 1:
-        rest = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)) * tl.cast(free, tl.float32)
+        rest = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, g)) * tl.cast(free, tl.float32)  # NaN stays
     elif RULE == 2:
         rest = g * tl.cast(free, tl.float32)
     else:
         rest = tl.zeros_like(g)
     at = weight + matrix * weight_matrix + row * weight_row + col * weight_col
-    value = tl.load(at, mask=there, other=0.0).to(tl.float32) * tl.cast(keep, tl.float32)
-    value += tl.where(active, step, rest)
+    old = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    value = old - tl.cast(decay, tl.float32) * old + tl.where(active, step, rest)
     if NOISE:
         value = dithered(value, noise_at(start + (matrix * rows + row) * cols + col, key))
     tl.store(at, value.to(weight.dtype.element_ty), mask=there)
@@ -188,15 +194,16 @@ def moments(
     count, rank = parts.shape[0], parts.shape[-1]
     rows = exp_avg.numel() // max(1, rank)
     sizes = rows if direction is None else 0
-    scaled, raw = torch.empty(sizes, device=parts.device), torch.empty(sizes, device=parts.device)
+    scaled, raw = parts.new_empty(sizes), parts.new_empty(sizes)
     width = min(1024, triton.next_power_of_2(rank))
     tile = {"ROWS": max(1, ELEMENTS // 2 // width), "RANK": width}
-    moments_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        parts, exp_avg, exp_avg_sq, scaled, raw, parts if direction is None else direction,
-        parts if grad_scale is None else grad_scale, count, rows * rank, rows, rank,
-        1 - betas[0], betas[1], 1 - betas[1], eps, factor,
-        NORMS=direction is None, SCALED=grad_scale is not None, **tile, num_warps=8,
-    )  # fmt: skip
+    with on_device_of(parts):
+        moments_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+            parts, exp_avg, exp_avg_sq, scaled, raw, parts if direction is None else direction,
+            parts if grad_scale is None else grad_scale, count, rows * rank, rows, rank,
+            1 - betas[0], betas[1], 1 - betas[1], eps, factor,
+            NORMS=direction is None, SCALED=grad_scale is not None, **tile, num_warps=8,
+        )  # fmt: skip
     return scaled, raw
 
 
@@ -207,13 +214,14 @@ def factors(
     """[B, l], or [B, 1]; squares [P, B, l]; norm [B, 1, 1], contiguous, is changed in place."""
     matrices, long = len(norm), len(raw) // max(1, len(norm))
     count = len(squares) if limit is not None else 0  # what nothing limits has no use for them
-    found = torch.empty(matrices, long if per_channel else 1, device=scaled.device)
-    factors_kernel[(matrices,)](
-        scaled, raw, squares, norm, found, found if grad_scale is None else grad_scale,
-        count, matrices, long, limit or 0.0, before, rate,
-        CHANNEL=per_channel, SCALED=grad_scale is not None, LIMIT=limit is not None, FIRST=first,
-        LONG=4096, num_warps=8,
-    )  # fmt: skip
+    found = scaled.new_empty(matrices, long if per_channel else 1)
+    with on_device_of(scaled):
+        factors_kernel[(matrices,)](
+            scaled, raw, squares, norm, found, found if grad_scale is None else grad_scale,
+            count, matrices, long, limit or 0.0, before, rate,
+            CHANNEL=per_channel, SCALED=grad_scale is not None, LIMIT=limit is not None, FIRST=first,
+            LONG=4096, num_warps=8,
+        )  # fmt: skip
     return found
 
 
@@ -224,11 +232,12 @@ def add_scaled(
     matrices, rows, cols = weight.shape
     tile, key, start = _tile(cols), *(noise or (0, 0))
     by = 1 if scale.shape[1] > 1 else 2 if scale.shape[2] > 1 else 0
-    grid = (triton.cdiv(cols, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]), matrices)
-    add_scaled_kernel[grid](
-        weight, grad, scale.contiguous(), rows, cols, *weight.stride(), *grad.stride(), keep, key, start,
-        BY=by, NOISE=noise is not None, **tile, num_warps=8,
-    )  # fmt: skip
+    grid = (triton.cdiv(cols, tile["COLS"]) * triton.cdiv(rows, tile["ROWS"]), matrices)
+    with on_device_of(weight):
+        add_scaled_kernel[grid](
+            weight, grad, scale.contiguous(), rows, cols, *weight.stride(), *grad.stride(), 1.0 - keep,
+            key, start, BY=by, NOISE=noise is not None, **tile, num_warps=8,
+        )  # fmt: skip
 
 
 def columns(
@@ -240,13 +249,14 @@ def columns(
     matrices, rows, cols = weight.shape
     tile, key, start = _tile(cols, ELEMENTS // 2), *(noise or (0, 0))
     correct1, correct2 = 1 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
-    grid = (triton.cdiv(cols, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]), matrices)
-    columns_kernel[grid](
-        weight, grad, exp_avg, exp_avg_sq, rows, cols, first, exp_avg.shape[2],
-        *weight.stride(), *grad.stride(), grad if grad_scale is None else grad_scale, keep, rate, free,
-        1 - betas[0], betas[1], 1 - betas[1], eps, correct1, correct2, key, start,
-        RULE=rule, SCALED=grad_scale is not None, NOISE=noise is not None, **tile, num_warps=8,
-    )  # fmt: skip
+    grid = (triton.cdiv(cols, tile["COLS"]) * triton.cdiv(rows, tile["ROWS"]), matrices)
+    with on_device_of(weight):
+        columns_kernel[grid](
+            weight, grad, exp_avg, exp_avg_sq, rows, cols, first, exp_avg.shape[2],
+            *weight.stride(), *grad.stride(), grad if grad_scale is None else grad_scale, 1.0 - keep, rate,
+            free, 1 - betas[0], betas[1], 1 - betas[1], eps, correct1, correct2, key, start,
+            RULE=rule, SCALED=grad_scale is not None, NOISE=noise is not None, **tile, num_warps=8,
+        )  # fmt: skip
 
 
 def _tile(cols: int, elements: int = ELEMENTS) -> dict[str, int]:
@@ -256,19 +266,9 @@ def _tile(cols: int, elements: int = ELEMENTS) -> dict[str, int]:
 
 def _cases() -> list[Case]:
     numbers = (
-        "rest1",
-        "beta2",
-        "rest2",
-        "eps",
-        "factor",
-        "keep",
-        "rate",
-        "free",
-        "correct1",
-        "correct2",
-        "limit",
+        "rest1", "beta2", "rest2", "eps", "factor", "decay", "rate", "free", "correct1", "correct2", "limit",
         "before",
-    )
+    )  # fmt: skip
     floats = dict.fromkeys(numbers, "fp32")
     sizes = dict.fromkeys(
         ("count", "size", "rows", "rank", "cols", "first", "matrices", "long", "key", "start"), "i32"
@@ -292,10 +292,8 @@ def _cases() -> list[Case]:
         case("factors", factors_kernel, {"CHANNEL": True, "LIMIT": True, "FIRST": False, **factor}),
     ]
     for kind in ("bf16", "fp32"):
-        own, tile = (
-            {"weight": f"*{kind}", "grad": f"*{kind}"},
-            {"NOISE": kind == "bf16", **_tile(4096), **one},
-        )
+        own = {"weight": f"*{kind}", "grad": f"*{kind}"}
+        tile = {"NOISE": kind == "bf16", **_tile(4096), **one}
         found += [
             case(f"add_scaled {by} {kind}", add_scaled_kernel, {"BY": by, **tile}, **own) for by in (0, 1, 2)
         ]

@@ -28,7 +28,11 @@ LAW_NUMBERS: Mapping[Law, int] = {"companded": 0, "linear": 1, "dynamic": 2, "fo
 
 @triton.jit
 def noise_at(place, key):
-    """int32 in [0, 65536) for places (int64 or int32, any): `rounding.noise_tile(key)[place % PERIOD]`."""
+    """int32 in [0, 65536) for places (int64 or int32, any): `rounding.noise_tile(key)[place % PERIOD]`.
+
+    PERIOD is a power of two, as widths of weights are: in a matrix 4096 wide rows r and r + 64 have the same
+    bits at every step. Each element is right on average; sums down a column average less than they might.
+    """
     x = (place & (PERIOD - 1)).to(tl.uint32) * _GOLDEN + key.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * _MIX_1
     x = (x ^ (x >> 15)) * _MIX_2
@@ -116,7 +120,8 @@ def table_of(law: Law, signed: bool, device: torch.device) -> Tensor:
     """The table that `decoded` and `encoded` read, on `device`; of laws without one, anything."""
     key = (law == "dynamic", signed, device)
     if key not in _tables:
-        _tables[key] = dynamic_table(signed).to(device) if law == "dynamic" else torch.zeros(1, device=device)
+        table = dynamic_table(signed) if law == "dynamic" else torch.zeros(1, device="cpu")
+        _tables[key] = table.to(device, torch.float32)
     return _tables[key]
 
 

@@ -16,17 +16,17 @@ others by a launch of their own, element by element.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..codec import block_of, threshold_at
+from ..kept import Kept, sent, stream_of
 from ..rounding import PERIOD as _PERIOD
 from ..step_call import StepSettings, StepTensors
 from .case import Case
+from .launching import on_device_of
 from .moments import read, write
 from .numbers import LAW_NUMBERS, dithered, noise_at, table_of
 
@@ -143,7 +143,7 @@ def step(tensors: StepTensors, settings: StepSettings) -> None:
         if size:
             whole = all(number % 16 == 0 for number in (size, *(addresses[c][i] for c in (0, 1, 2, 4, 6))))
             groups[16 if whole else 1].append(i)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = stream_of(device)
     block = 256 if law is None else block_of(law)
     for align, members in groups.items():
         if not members:
@@ -153,37 +153,40 @@ def step(tensors: StepTensors, settings: StepSettings) -> None:
         for i, count in zip(members, programs, strict=True):
             rows += [*(column[i] for column in addresses), sizes[i], tensors.starts[i] % _PERIOD, before]
             before += count
-        step_kernel[(before,)](
-            _tensors(tuple(rows), device, stream), _owners(programs, device, stream),
-            anything if tensors.grad_scale is None else tensors.grad_scale,
-            anything if tensors.skip is None else tensors.skip,
-            table_of(law or "linear", True, device), table_of(law or "linear", False, device), **scalars,
-            RULE=RULES[settings.rule], MODE=MODES[mode],
-            WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
-            MOMENT=_TYPES.get(first[0].dtype, tl.uint8), LAW=-1 if law is None else LAW_NUMBERS[law],
-            SCALED=tensors.grad_scale is not None, SKIPS=tensors.skip is not None, ALIGN=align,
-            BLOCK=block, ROWS=TILE // block, CHUNKS=CHUNKS, num_warps=WARPS,
-        )  # fmt: skip
+        with on_device_of(anything):
+            step_kernel[(before,)](
+                _tensors(tuple(rows), device, stream), _owners(programs, device, stream),
+                anything if tensors.grad_scale is None else tensors.grad_scale,
+                anything if tensors.skip is None else tensors.skip,
+                table_of(law or "linear", True, device), table_of(law or "linear", False, device), **scalars,
+                RULE=RULES[settings.rule], MODE=MODES[mode],
+                WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
+                MOMENT=_TYPES.get(first[0].dtype, tl.uint8), LAW=-1 if law is None else LAW_NUMBERS[law],
+                SCALED=tensors.grad_scale is not None, SKIPS=tensors.skip is not None, ALIGN=align,
+                BLOCK=block, ROWS=TILE // block, CHUNKS=CHUNKS, num_warps=WARPS,
+            )  # fmt: skip
 
 
-# Keyed by all that is in them, so that nothing remembered is ever out of date; and by the stream that filled
-# them, which another would have to wait for.
-@lru_cache(maxsize=128)
 def _tensors(rows: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """int64 [tensors, COLUMNS] on `device`."""
-    return _sent(torch.tensor(rows, dtype=torch.int64), device)
+    return _ROWS.find(
+        (rows, device, stream), lambda: sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+    )
 
 
-@lru_cache(maxsize=128)
 def _owners(programs: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """int32 [programs] on `device`: the row of the tensor that each program works at."""
-    numbers = torch.arange(len(programs), dtype=torch.int32)
-    return _sent(numbers.repeat_interleave(torch.tensor(programs)), device)
+
+    def made() -> Tensor:
+        numbers = torch.arange(len(programs), dtype=torch.int32, device="cpu")
+        return sent(numbers.repeat_interleave(torch.tensor(programs, device="cpu")), device)
+
+    return _OWNERS.find((programs, device, stream), made)
 
 
-def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """`table` on its way to `device`: nothing waits for it here."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+# Room for the tables of all tensors at once, and of each alone: what steps from inside a backward ask for.
+_ROWS: Kept[Tensor] = Kept(1 << 18, Tensor.numel)
+_OWNERS: Kept[Tensor] = Kept(1 << 24, Tensor.numel)
 
 
 def _cases() -> list[Case]:

@@ -16,7 +16,7 @@ def pack(flat: Sequence[Tensor], target: Tensor | None, scale: Tensor | None) ->
     """float32 [blocks]: sums of squares and largest of each block of tensors without holes."""
     table = table_of(flat, target)
     blocks = len(table.owner)
-    sums, tops = torch.empty(2, blocks)
+    sums, tops = torch.empty(2, blocks, dtype=torch.float32, device="cpu")
     library().shoestring_grad_pack(
         ctypes.c_void_p(table.rows.data_ptr()),
         ctypes.c_void_p(table.owner.data_ptr()),

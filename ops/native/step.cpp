@@ -173,13 +173,13 @@ void encode(const float* x, void* codes, float* scales, const Tables& tables, fl
       for (int i = 0; i < count; i++) {
         const float share = std::fabs(value[i] * inverse);
         const float size = to_even((KIND == LINEAR ? share : std::sqrt(share)) * top);
-        code[i] = int32_t(std::copysign(size, value[i]));
+        code[i] = int32_t(std::copysign(size == size ? size : 0.0f, value[i]));  // no integer is NaN
       }
     } else {
       for (int i = 0; i < count; i++) {
         const float share = std::sqrt(value[i] * inverse);
         const float cut = (KIND == LINEAR ? share : std::sqrt(share)) * top + threshold;
-        const int32_t whole = int32_t(cut);
+        const int32_t whole = int32_t(cut == cut ? cut : 0.0f);
         code[i] = whole < 1 ? 1 : whole > int32_t(top) ? int32_t(top) : whole;
       }
     }
@@ -212,7 +212,7 @@ struct Job {
 
 struct Settings {
   int32_t rule, kind, mode, weight_type, grad_type, threads;
-  float keep, beta1, beta2, eps, rate, root_correction, threshold, grad_scale;
+  float decay, beta1, beta2, gain1, gain2, eps, rate, root_correction, threshold, grad_scale;
   uint32_t key;
   const float* signed_table;
   const float* unsigned_table;
@@ -221,11 +221,14 @@ struct Settings {
 
 namespace {
 
-// weight <- keep * weight + update, as ops/writing.py's add_step.
+// weight <- weight - decay * weight + update, as ops/writing.py's add_step. One factor for the weight would be
+// rounded to a multiple of 6e-8, which a decay may be below.
 void write(const Job& job, const Settings& s, float* update, int64_t first, int n) {
+  const float decay = s.decay;
+  const auto kept = [decay](float w) { return decay != 0 ? w - decay * w : w; };
   if (s.mode == IN_PLACE) {
     float* w = static_cast<float*>(job.weight) + first;
-    for (int i = 0; i < n; i++) w[i] = s.keep * w[i] + update[i];
+    for (int i = 0; i < n; i++) w[i] = kept(w[i]) + update[i];
     return;
   }
   uint16_t* w = static_cast<uint16_t*>(job.weight) + first;
@@ -233,22 +236,22 @@ void write(const Job& job, const Settings& s, float* update, int64_t first, int 
   if (s.mode == MASTER) {
     float* master = static_cast<float*>(job.extra) + first;
     for (int i = 0; i < n; i++) {
-      master[i] = s.keep * master[i] + update[i];
+      master[i] = kept(master[i]) + update[i];
       w[i] = nearest(master[i]);
     }
   } else if (s.mode == KAHAN) {
     uint16_t* lost = static_cast<uint16_t*>(job.extra) + first;
     for (int i = 0; i < n; i++) {
       const float old = widened(w[i]);
-      const float wanted = widened(lost[i]) + (s.keep - 1.0f) * old + update[i];
+      const float wanted = widened(lost[i]) - decay * old + update[i];
       const uint16_t moved = nearest(old + wanted);
       lost[i] = dithered(wanted - (widened(moved) - old), noise_at(start + i, s.key));
       w[i] = moved;
     }
   } else if (s.mode == SR) {
-    for (int i = 0; i < n; i++) w[i] = dithered(s.keep * widened(w[i]) + update[i], noise_at(start + i, s.key));
+    for (int i = 0; i < n; i++) w[i] = dithered(kept(widened(w[i])) + update[i], noise_at(start + i, s.key));
   } else {
-    for (int i = 0; i < n; i++) w[i] = nearest(s.keep * widened(w[i]) + update[i]);
+    for (int i = 0; i < n; i++) w[i] = nearest(kept(widened(w[i])) + update[i]);
   }
 }
 
@@ -263,9 +266,9 @@ void advance(const Job& job, const Settings& s, int64_t first, int n) {
   if (s.rule == LION) {
     float update[BLOCK];
     for (int i = 0; i < n; i++) {
-      const float c = s.beta1 * m[i] + (1 - s.beta1) * g[i];
+      const float c = s.beta1 * m[i] + s.gain1 * g[i];
       update[i] = -s.rate * (c > 0 ? 1.0f : c < 0 ? -1.0f : c);
-      m[i] = s.beta2 * m[i] + (1 - s.beta2) * g[i];
+      m[i] = s.beta2 * m[i] + s.gain2 * g[i];
     }
     encode<KIND, true>(m, job.first, job.first_scales, tables, 0, first, n);
     write(job, s, update, first, n);
@@ -274,8 +277,8 @@ void advance(const Job& job, const Settings& s, int64_t first, int n) {
   decode<KIND, false>(v, job.second, job.second_scales, tables, first, n);
   float update[BLOCK];
   for (int i = 0; i < n; i++) {
-    m[i] += (1 - s.beta1) * (g[i] - m[i]);
-    v[i] = s.beta2 * v[i] + (1 - s.beta2) * (g[i] * g[i]);
+    m[i] += s.gain1 * (g[i] - m[i]);
+    v[i] = s.beta2 * v[i] + s.gain2 * (g[i] * g[i]);
     update[i] = -s.rate * (m[i] / (std::sqrt(v[i]) * s.root_correction + s.eps));
   }
   encode<KIND, true>(m, job.first, job.first_scales, tables, 0, first, n);

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #ifndef _OPENMP
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -25,7 +26,10 @@ void in_turns(int64_t count, int64_t run, int64_t threads, const Work& work) {
   take();
 #else
   std::vector<std::thread> others;
-  for (int64_t t = 1; t < threads; t++) others.emplace_back(take);
+  try {
+    for (int64_t t = 1; t < threads; t++) others.emplace_back(take);
+  } catch (const std::system_error&) {  // no more threads for this user: those that started do it all
+  }
   take();
   for (auto& thread : others) thread.join();
 #endif

@@ -205,7 +205,34 @@ def test_gradients_that_have_moved_or_grown_are_found(provider, device):
         assert float(pack([part]).norm) == pytest.approx(exact_norm([part]), rel=1e-6)
         part[0] += 100
         assert float(pack([part]).norm) == pytest.approx(exact_norm([part]), rel=1e-6)
-    assert len(grad_pack._tables) <= grad_pack._KEPT
+
+
+def test_tables_stay_for_each_gradient_alone_and_within_bounds(monkeypatch):
+    """Steps from inside a backward ask for each of some hundred gradients, in every step again."""
+    rows = grad_pack.Kept(1 << 18, lambda table: table.rows.numel())
+    owners = grad_pack.Kept(1 << 24, Tensor.numel)
+    monkeypatch.setattr(grad_pack, "_TABLES", rows)
+    monkeypatch.setattr(grad_pack, "_OWNERS", owners)
+    grads = [torch.ones(n + 1) for n in range(300)]
+    first = [grad_pack.table_of([g], None) for g in grads]
+    again = [grad_pack.table_of([g], None) for g in grads]
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    assert (len(rows), len(owners)) == (300, 1)  # all of them are one block
+    few = grad_pack.Kept(100, lambda table: table.rows.numel())
+    monkeypatch.setattr(grad_pack, "_TABLES", few)
+    for grad in grads:
+        grad_pack.table_of([grad], None)
+    assert len(few) == 20
+
+
+def test_a_table_belongs_to_the_stream_that_it_was_sent_on(monkeypatch):
+    grad, found = torch.ones(3), []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(grad_pack, "stream_of", lambda device, stream=stream: stream)
+        found.append(grad_pack.table_of([grad], None))
+    assert found[0] is found[2]
+    assert found[0].rows is not found[1].rows
+    assert found[0].owner is not found[1].owner
 
 
 @pytest.mark.parametrize("scale", [None, -0.5])

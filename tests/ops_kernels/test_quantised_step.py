@@ -196,6 +196,49 @@ def test_rounding_at_random_is_right_on_average(provider, device):
     assert abs(mean - 0.1 * 2.0**-8) < 4 * sigma
 
 
+@pytest.mark.parametrize("decay", [2e-8, 2e-7, 1e-3])
+def test_kahan_keeps_decays_below_a_weights_digits(decay, provider, device):
+    """Also where 1 - decay is 1 to float32, or rounded to a multiple of 6e-8."""
+    job = Job(weight=BF16, mode="kahan", sizes=[2048], weight_decay=decay / 1e-3, lr=1e-3, device=device)
+    for tensor in (job.grads[0], job.first[0], job.extra[0]):
+        tensor.zero_()
+    job.weights[0].fill_(1.5)
+    job.run()
+    found = job.weights[0].double() + job.extra[0].double() - 1.5
+    assert float(found.mean()) == pytest.approx(-1.5 * decay, rel=2e-3)
+
+
+@pytest.mark.parametrize("beta", [0.999, 0.99999, 0.999999])
+def test_what_a_gradient_adds_has_all_digits(beta, provider, device):
+    """1 - beta in float32 is 1.3 % off at the last of these."""
+    for rule, betas in (("adamw", (beta, beta)), ("lion", (0.9, beta))):
+        job = Job(rule=rule, sizes=[600], betas=betas, device=device)
+        for part in (*job.first, *job.second):
+            part.zero_()
+        job.run()
+        assert distance(job.first[0], (1 - beta) * job.grads[0].double().cpu()) < 1e-6
+        for second in job.second:
+            assert distance(second, (1 - beta) * job.grads[0].double().cpu().square()) < 1e-6
+
+
+def test_lion_does_not_take_what_is_no_number_for_a_zero(provider, device):
+    job = Job(rule="lion", sizes=[400], device=device)
+    job.grads[0][3], job.grads[0][5] = float("nan"), float("-inf")
+    wanted = float(job.weights[0][5]) * (1 - job.lr * job.weight_decay) + job.lr
+    job.run()
+    assert job.weights[0].isnan().nonzero().tolist() == [[3]]
+    assert float(job.weights[0][5]) == pytest.approx(wanted)
+
+
+def test_pytorchs_step_writes_by_pytorch(monkeypatch):
+    """Or what is compared with C++ would be C++."""
+    monkeypatch.setenv("SHOESTRING_OPS", "quantised_step=torch")
+    providers.used.pop("writing", None)
+    for mode in ("sr", "kahan", "master", "plain"):
+        Job(weight=BF16, grad=BF16, law="companded", mode=mode).run()
+    assert "writing" not in providers.used
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int32])
 def test_skip_leaves_every_bit(kind, provider, device):
     case: dict[str, Any] = {"law": "companded", "weight": BF16, "mode": "kahan", "sizes": [17, 256]}

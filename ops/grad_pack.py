@@ -133,16 +133,19 @@ class Table(NamedTuple):
 
 
 def table_of(flat: Sequence[Tensor], target: Tensor | None) -> Table:
-    """The table of tensors without holes; kept, for gradients mostly come to lie where they lay before."""
+    """`new_table`, kept for gradients that lie where they lay before: it is sent to a GPU once."""
     device = flat[0].device
-    where = (0, 0) if target is None else (target.data_ptr(), target.element_size())
-    stream = stream_of(device)
-    key = (device, stream, where, tuple((t.data_ptr(), t.numel(), t.dtype) for t in flat))
-    return _TABLES.find(key, lambda: _new_table(flat, where, device, stream))
+    where = None if target is None else (target.data_ptr(), target.element_size())
+    key = (device, stream_of(device), where, tuple((t.data_ptr(), t.numel(), t.dtype) for t in flat))
+    return _TABLES.find(key, lambda: new_table(flat, target))
 
 
-def _new_table(flat: Sequence[Tensor], where: tuple[int, int], device: torch.device, stream: int) -> Table:
-    """where: address and bytes an element of the target."""
+def new_table(flat: Sequence[Tensor], target: Tensor | None) -> Table:
+    """The table of tensors without holes."""
+    device = flat[0].device
+    stream, where = stream_of(device), (0, 0)
+    if target is not None:
+        where = (target.data_ptr(), target.element_size())
     place, entries = 0, []
     for tensor in flat:
         if tensor.numel():

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_ENTRIES = 2048
 
 
 class Kept(Generic[T]):
-    """What was made before, by its key; the longest unused goes where all have more than `most` elements."""
+    """What was made before, by its key; the longest unused goes where all have more than `most` elements.
+
+    Or where there are more than 2,048: keys and objects take memory too, a kilobyte or so each.
+    """
 
     def __init__(self, most: int, elements: Callable[[T], int]) -> None:
         self._most, self._elements, self._held = most, elements, 0
@@ -35,7 +39,7 @@ class Kept(Generic[T]):
             with torch.inference_mode(False):  # or no backward after an evaluation could save it
                 made = self._made[key] = make()
             self._held += self._elements(made)
-            while self._held > self._most and len(self._made) > 1:
+            while (self._held > self._most and len(self._made) > 1) or len(self._made) > _ENTRIES:
                 self._held -= self._elements(self._made.popitem(last=False)[1])
             return made
 

@@ -77,3 +77,11 @@ def test_threads_find_the_same() -> None:
     assert wrong == []
     assert len(kept) == 50
     assert stream_of(CPU) == 0
+
+
+def test_many_small_ones_do_not_pile_up() -> None:
+    """Keys and objects take memory beside the elements: tables of one gradient each would be 50,000."""
+    kept: Kept[Tensor] = Kept(1 << 18, Tensor.numel)
+    for i in range(5000):
+        kept.find(i, lambda: torch.zeros(1))
+    assert len(kept) == 2048

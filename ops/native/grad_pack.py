@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..grad_pack import KINDS, table_of
+from ..grad_pack import KINDS, new_table
 from . import library
 
 
 def pack(flat: Sequence[Tensor], target: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """float32 [blocks]: sums of squares and largest of each block of tensors without holes."""
-    table = table_of(flat, target)
+    table = new_table(flat, target)  # which nobody waits for here: kept ones would pile up
     blocks = len(table.owner)
     sums, tops = torch.empty(2, blocks, dtype=torch.float32, device="cpu")
     library().shoestring_grad_pack(

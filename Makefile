@@ -29,19 +29,19 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/shoestring train cpu-demo --fresh
 
-# A thread each; a third worker on two cores, since many tests wait for processes. Beside them, in a process of
+# A thread each; four workers on two cores, since many tests wait for processes. Beside them, in a process of
 # its own: DeepSpeed, which changes PyTorch for the rest of a process, so that what other tests measure to the
-# byte is no longer true; its lines come when it has ended. After all: what lands on real clocks.
+# byte is no longer true; its lines come when it has ended. After all and alone: what lands on real clocks.
 ENGINES := tests/test_engine_runs.py tests/test_engine_processes.py
 REAL_CLOCK := tests/test_clock_real.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 test: install
 	@mkdir -p build
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going rooms engines
-	$(PYTEST) -n 2 --dist loadgroup $(REAL_CLOCK)
+	$(PYTEST) $(REAL_CLOCK)
 
 rooms:
-	$(PYTEST) -n 3 --dist loadgroup tests $(addprefix --ignore=,$(ENGINES) $(REAL_CLOCK))
+	$(PYTEST) -n 4 --dist loadgroup tests $(addprefix --ignore=,$(ENGINES) $(REAL_CLOCK))
 
 engines:
 	@$(PYTEST) $(ENGINES) >build/engines.log 2>&1; code=$$?; cat build/engines.log; exit $$code

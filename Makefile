@@ -6,8 +6,7 @@ INSTALL ?= --editable .
 EXTRAS := quantized,optimizers,gguf,kernels,liger,tensorboard,deepspeed,demo,oracle,dev
 
 BIN := $(VENV)/bin
-# Python compiles what is imported when it first is: a small part of what pip would, one file after the other.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 ROOMS := adapters checkpoint data models offload ops optimizers plan pruning recipes schedules train
 
@@ -29,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/shoestring train cpu-demo --fresh
 
-# A thread each; four workers on two cores, since many tests wait for processes. Beside them, in a process of
+# A thread each; a third worker on two cores, since many tests wait for processes. Beside them, in a process of
 # its own: DeepSpeed, which changes PyTorch for the rest of a process, so that what other tests measure to the
 # byte is no longer true; its lines come when it has ended. After all and alone: what lands on real clocks.
 ENGINES := tests/test_engine_runs.py tests/test_engine_processes.py
@@ -41,7 +40,7 @@ test: install
 	$(PYTEST) $(REAL_CLOCK)
 
 rooms:
-	$(PYTEST) -n 4 --dist loadgroup tests $(addprefix --ignore=,$(ENGINES) $(REAL_CLOCK))
+	$(PYTEST) -n 3 --dist loadgroup --durations=25 tests $(addprefix --ignore=,$(ENGINES) $(REAL_CLOCK))
 
 engines:
 	@$(PYTEST) $(ENGINES) >build/engines.log 2>&1; code=$$?; cat build/engines.log; exit $$code

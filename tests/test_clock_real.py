@@ -150,7 +150,8 @@ def landed(process, budget=BUDGET):
     assert summary["stop_reason"] == "time"
     assert summary["budget"]["time"]["given"] == budget
     assert -OVER <= budget - summary["seconds"] <= UNUSED
-    assert summary["final_progress"] >= 0.99
+    # As near as the rate below: of 24 s, half a second that the last steps and the landing did not need.
+    assert summary["final_progress"] >= 0.98
     peak = json.loads((process.run / "plan.json").read_text())["learning_rate"]
     assert summary["final_learning_rate"] <= 0.02 * peak
     progress = [line["progress"] for line in process.metrics()]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 together = pytest.mark.xdist_group("side by side")
 
 
-BUDGET = 24.0
+BUDGET = 36.0  # of which three runs on two cores leave some tenths of a second: less than a hundredth
 OVER = 1.5
 UNUSED = 6.0
 
@@ -150,8 +150,7 @@ def landed(process, budget=BUDGET):
     assert summary["stop_reason"] == "time"
     assert summary["budget"]["time"]["given"] == budget
     assert -OVER <= budget - summary["seconds"] <= UNUSED
-    # As near as the rate below: of 24 s, half a second that the last steps and the landing did not need.
-    assert summary["final_progress"] >= 0.98
+    assert summary["final_progress"] >= 0.99
     peak = json.loads((process.run / "plan.json").read_text())["learning_rate"]
     assert summary["final_learning_rate"] <= 0.02 * peak
     progress = [line["progress"] for line in process.metrics()]
